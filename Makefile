@@ -1,0 +1,44 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# make demo DATA=DIR WEIGHTS=FILE [COMPARE=1] [PER_CLASS=40] [ROUNDS=6] \
+#   [PRUNE_HEADS=0.4 | PRUNE_MACS=0.5] [SEED=0] [OUT=demo-output]
+OUT ?= demo-output
+DEMO_FLAGS = --out $(OUT) \
+  $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) \
+  $(if $(filter-out 0,$(COMPARE)),--compare) $(if $(PER_CLASS),--per-class $(PER_CLASS)) \
+  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
+  $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
+
+test: $(STAMP) lint
+	$(BIN)/python -P -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Build isolation is off so that the pinned setuptools builds, not whatever is newest today.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned dependencies (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-output

@@ -1,0 +1,1 @@
+"""A farm: its images, its private classifier, local alignment and scoring."""

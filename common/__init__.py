@@ -1,0 +1,1 @@
+"""What server and farms must agree on: models, masks, mathematics, coding and messages."""

@@ -1,0 +1,187 @@
+"""Settings: one place for every default. TOML files, then environment, then flags.
+
+``server.toml`` and ``farm.toml`` are validated here; unknown keys are errors that name the key.
+Environment variables override: ``FIELDFED_SERVER__PORT=9000`` sets ``[server] port``.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "FIELDFED_"
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainConfig(Section):
+    """How a farm aligns its copy of the backbone in one round; travels in every request."""
+
+    trainable: Literal["bias", "attention", "full"] = "bias"
+    epochs: int = Field(default=1, ge=1, le=100, description="passes over the fit part per round")
+    batch_size: int = Field(default=16, ge=8, le=1024)
+    lr: float = Field(default=3e-3, gt=0, le=1, description="backbone learning rate (AdamW)")
+    classifier_lr: float = Field(default=1e-3, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    dal: Literal["mmd", "coral"] = Field(default="mmd", description="domain alignment loss")
+    dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
+    proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
+    update_bits: Literal[8, 32] = Field(default=8, description="bits per number of an update")
+
+
+class PlanConfig(Section):
+    """What a run does: its rounds and its prune events."""
+
+    rounds: int = Field(default=6, ge=1, le=10_000)
+    prune_heads: float | None = Field(default=None, description="share of heads removed, (0, 1)")
+    prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
+    prune_events: int = Field(default=2, ge=1, le=100)
+    warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
+    exponent: float = Field(default=1.0, ge=0, le=10, description="a in importance*invariance^a")
+    kappa: float = Field(default=0.25, ge=0, le=1, description="share of the maximum over farms")
+    consensus: Literal["mean", "median", "trimmed"] = "mean"
+    heads_per_neurons: float = Field(
+        default=0.7, gt=0, le=10, description="share of heads dropped per share of neurons dropped"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.prune_heads is not None and self.prune_macs is not None:
+            raise ValueError("give prune_heads or prune_macs, not both")
+        for name in ("prune_heads", "prune_macs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1 (exclusive), not {value}")
+        return self
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the run removes anything."""
+        return self.prune_heads is not None or self.prune_macs is not None
+
+
+class RoundConfig(Section):
+    """When a round is complete."""
+
+    quorum: float = Field(default=1.0, gt=0, le=1, description="share of the farms asked")
+    deadline_seconds: float = Field(default=1800.0, gt=0, description="per farm, from its request")
+    grace_seconds: float = Field(default=10.0, ge=0, description="waited for more after quorum")
+    attempts: int = Field(default=3, ge=1, le=100, description="requests per farm and round")
+    max_in_flight: int = Field(default=64, ge=1, le=10_000, description="farms at work at once")
+    min_farms: int = Field(default=1, ge=1, description="farms that must be online to start")
+    max_reply_bytes: int = Field(default=200_000_000, ge=1)
+
+
+class BackboneConfig(Section):
+    """Which backbone the network shares and where it comes from."""
+
+    name: str = "vit_small_patch14_dinov2"
+    image_size: int = Field(default=112, ge=16, le=2048)
+    options: dict[str, int] = Field(default_factory=dict)
+    weights: str | None = Field(default=None, description="safetensors file, hub[:NAME], or none")
+    source: Path | None = Field(default=None, description="folder of the source species")
+    epochs: int = Field(default=0, ge=0, le=1000, description="training epochs on the source")
+    lr: float = Field(default=3e-4, gt=0, le=1)
+    interpolation: float = Field(
+        default=1.0, ge=0, le=1, description="1: the trained weights, 0: the start (WiSE-FT)"
+    )
+    anchor_images: int = Field(default=512, ge=16, le=100_000)
+
+
+class NetworkConfig(Section):
+    """Names, folders and ports of the server."""
+
+    name: str = Field(default="fieldfed", pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class ServerConfig(Section):
+    """``server.toml``: everything the server needs."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    server: NetworkConfig = Field(default_factory=NetworkConfig)
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
+    rounds: RoundConfig = Field(default_factory=RoundConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+
+class FarmSection(Section):
+    """Who the farm is, where its images are and whom it talks to."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    data: Path = Field(description="CLASS/*.jpg, or train/CLASS and test/CLASS")
+    superlink: str = Field(default="127.0.0.1:8000", pattern=r"^[^\s:/]+:\d{1,5}$")
+    per_class: int | None = Field(default=None, ge=5, description="few-shot: training images used")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    threads: int = Field(default=0, ge=0, le=256, description="CPU threads; 0: all")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 for training where the hardware has it"
+    )
+
+
+class FarmConfig(Section):
+    """``farm.toml``: everything a farm needs."""
+
+    farm: FarmSection
+
+
+Settings = TypeVar("Settings", ServerConfig, FarmConfig)
+
+
+def load_settings(kind: type[Settings], path: Path, **overrides: dict[str, Any]) -> Settings:
+    """Read a TOML file, apply the environment, then ``section={key: value}`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or a key or value is wrong; names it.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no settings at '{path}'; create them with the init command") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"'{path}' is not readable TOML: {error}") from error
+    _merge(values, _from_environment(kind))
+    _merge(values, overrides)
+    return validate(kind, values, str(path))
+
+
+def validate(kind: type[Settings], values: dict[str, Any], origin: str) -> Settings:
+    """Validate plain values; the error names each key at fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def _from_environment(kind: type[BaseModel]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in os.environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        section, separator, key = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
+        if section in kind.model_fields:
+            _merge(values, {section: {key: text}} if separator else {section: text})
+    return values
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,83 @@
+"""Every error an operator can meet.
+
+FieldfedError            exit 1
+├── ConfigError          exit 2   a setting, flag or budget is wrong
+├── DataError            exit 3   an image folder cannot be used
+├── ModelError           exit 4   an unknown backbone, or weights that do not match it
+├── ProtocolError        exit 5   a message or a coded update is not what it should be
+├── StateError           exit 6   what is on disk is missing, damaged or of another version
+├── LaunchError          exit 7   a process did not start or died (port in use, ...)
+└── QualityError         exit 8   the result is below what was asked for
+
+Each says what is wrong, where, and what to do next. Ctrl-C exits with 130.
+"""
+
+from enum import StrEnum
+
+
+class FieldfedError(Exception):
+    """Base of all expected errors; commands print it as one line and exit with ``exit_code``."""
+
+    exit_code = 1
+
+
+class ConfigError(FieldfedError):
+    """A setting, flag or budget is wrong."""
+
+    exit_code = 2
+
+
+class DataError(FieldfedError):
+    """An image folder is missing, empty or has fewer than two classes."""
+
+    exit_code = 3
+
+
+class ModelError(FieldfedError):
+    """A backbone is unknown, not a plain vision transformer, or its weights do not match."""
+
+    exit_code = 4
+
+
+class RejectReason(StrEnum):
+    """Why a reply was put into quarantine: bounded, so that it can label a metric."""
+
+    MALFORMED = "malformed"
+    PROTOCOL = "protocol"
+    STALE = "stale"
+    FOREIGN_BASE = "foreign_base"
+    FOREIGN_MASK = "foreign_mask"
+    SHAPE = "shape"
+    NOT_FINITE = "not_finite"
+    OVERSIZED = "oversized"
+    DUPLICATE = "duplicate"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+class ProtocolError(FieldfedError):
+    """A message or a coded update is not what it should be."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, reason: RejectReason = RejectReason.MALFORMED) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StateError(FieldfedError):
+    """What is on disk is missing, damaged or of another version."""
+
+    exit_code = 6
+
+
+class LaunchError(FieldfedError):
+    """A process did not start or died."""
+
+    exit_code = 7
+
+
+class QualityError(FieldfedError):
+    """The result is below what was asked for."""
+
+    exit_code = 8

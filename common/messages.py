@@ -1,0 +1,204 @@
+"""What server and farm say to each other, as typed values. Nothing here knows Flower.
+
+A request names its round exactly (run, round, attempt) and what it stands on (base and mask
+digest), so that it can be repeated, cached and de-duplicated. A reply never holds a label, a
+class name, an image, a per-image value or a classifier: there is no field for them, and unknown
+fields are refused on both sides.
+"""
+
+import json
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError
+from pydantic_core import core_schema
+
+from common.config import TrainConfig
+from common.errors import ProtocolError, RejectReason
+
+PROTOCOL = 1
+
+Array: TypeAlias = npt.NDArray[Any]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FarmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+Label = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$", description="probe, dense, ...")]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _array_of(dtype: type[np.generic]) -> GetPydanticSchema:
+    def check(value: object) -> Array:
+        if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != 1:
+            raise ValueError(f"must be a one-dimensional {dtype.__name__} array")
+        return value
+
+    return GetPydanticSchema(
+        lambda _type, _handler: core_schema.no_info_plain_validator_function(check)
+    )
+
+
+Bytes = Annotated[Array, _array_of(np.uint8)]
+Floats = Annotated[Array, _array_of(np.float32)]
+
+
+class Message(BaseModel):
+    """Base of all messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    protocol: int = Field(default=PROTOCOL, ge=1, le=1_000_000)
+
+
+class Work(Message):
+    """What every request for work says: its identity and what it stands on."""
+
+    run: int = Field(ge=0, lt=2**53)
+    round: int = Field(ge=0, le=1_000_000, description="0: before the first round")
+    attempt: int = Field(ge=1, le=1000)
+    seed: int = Field(ge=0, lt=2**32)
+    base: Digest = Field(description="the backbone to stand on after the body is applied")
+    mask: Digest = Field(description="the mask that backbone carries")
+    body_kind: Literal["none", "delta", "full"] = "none"
+    body_from: Digest | None = Field(default=None, description="the base a delta is added to")
+    body: Bytes | None = Field(default=None, description="coded delta, or a packed backbone")
+
+
+class HelloRequest(Message):
+    """Who are you, and which backbones do you hold?"""
+
+    kind: Literal["hello"] = "hello"
+
+
+class HelloReply(Message):
+    """A farm introduces itself."""
+
+    kind: Literal["hello_reply"] = "hello_reply"
+    farm: FarmName
+    examples: int = Field(ge=1, le=10**9, description="images of the fit part")
+    classes: int = Field(ge=2, le=100_000)
+    held: tuple[Digest, ...] = Field(default=(), max_length=64)
+
+
+class AlignRequest(Work):
+    """One round of local alignment."""
+
+    kind: Literal["align"] = "align"
+    train: TrainConfig
+    anchors: Bytes | None = Field(default=None, description="safetensors; absent without DAL")
+    score: bool = Field(default=False, description="also score every head and MLP neuron")
+
+
+class AlignReply(Message):
+    """A coded update and, in score rounds, the scores."""
+
+    kind: Literal["align_reply"] = "align_reply"
+    run: int = Field(ge=0, lt=2**53)
+    round: int = Field(ge=0, le=1_000_000)
+    attempt: int = Field(ge=1, le=1000)
+    farm: FarmName
+    base: Digest
+    mask: Digest
+    examples: int = Field(ge=1, le=10**9)
+    accuracy: Ratio = Field(description="of the incoming base on the decide part")
+    f1: Ratio
+    loss: Finite = Field(description="mean training loss of the last epoch")
+    dal: Finite
+    seconds: Finite = Field(ge=0)
+    update: Bytes
+    head_importance: Floats | None = Field(default=None, description="(sum of heads,)")
+    head_mmd2: Floats | None = Field(default=None, description="(sum of heads,)")
+    neuron_importance: Bytes | None = Field(default=None, description="(sum of neurons,) 8 bit")
+
+
+class EvaluateRequest(Work):
+    """Refit the classifier to the base and report on the whole test part.
+
+    With ``local_rounds`` the farm first trains alone, as long as that many rounds would (the
+    local-only baseline); what it learns is reported and thrown away.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    label: Label
+    local_rounds: int = Field(default=0, ge=0, le=10_000)
+    train: TrainConfig
+
+
+class EvaluateReply(Message):
+    """Accuracy of the base with a refitted classifier on the test part."""
+
+    kind: Literal["evaluate_reply"] = "evaluate_reply"
+    run: int = Field(ge=0, lt=2**53)
+    round: int = Field(ge=0, le=1_000_000)
+    attempt: int = Field(ge=1, le=1000)
+    farm: FarmName
+    base: Digest
+    mask: Digest
+    label: Label
+    examples: int = Field(ge=1, le=10**9, description="images of the test part")
+    accuracy: Ratio
+    f1: Ratio
+    seconds: Finite = Field(ge=0)
+
+
+class Refusal(Message):
+    """A farm that cannot do what was asked says why."""
+
+    kind: Literal["refusal"] = "refusal"
+    reason: Literal["protocol", "missing_base", "bad_request", "data", "internal"]
+    detail: str = Field(default="", max_length=500)
+
+
+Request: TypeAlias = HelloRequest | AlignRequest | EvaluateRequest
+Reply: TypeAlias = HelloReply | AlignReply | EvaluateReply | Refusal
+
+KINDS: dict[str, type[Request | Reply]] = {
+    "hello": HelloRequest,
+    "hello_reply": HelloReply,
+    "align": AlignRequest,
+    "align_reply": AlignReply,
+    "evaluate": EvaluateRequest,
+    "evaluate_reply": EvaluateReply,
+    "refusal": Refusal,
+}
+
+
+def to_parts(message: Request | Reply) -> tuple[str, dict[str, Array]]:
+    """A message as canonical JSON text and its arrays by field name; absent fields are left out."""
+    fields: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
+    for name, value in message:
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif value is not None:
+            fields[name] = value.model_dump() if isinstance(value, BaseModel) else value
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")), arrays
+
+
+def from_parts(text: str, arrays: dict[str, Array]) -> Request | Reply:
+    """Inverse of :func:`to_parts`.
+
+    Raises:
+        ProtocolError: another protocol version, an unknown kind, or a field that is missing,
+            unknown or wrong; the message names it.
+    """
+    try:
+        fields = json.loads(text)
+        protocol, kind = fields["protocol"], KINDS[fields["kind"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"not a message: {type(error).__name__} {error}") from error
+    if protocol != PROTOCOL:
+        raise ProtocolError(
+            f"the other side speaks protocol {protocol}, this side {PROTOCOL}; "
+            "install the same release on both",
+            RejectReason.PROTOCOL,
+        )
+    if not fields.keys().isdisjoint(arrays):
+        raise ProtocolError(f"field given twice: {sorted(fields.keys() & arrays)}")
+    try:
+        return kind.model_validate(fields | arrays)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:4]
+        )
+        raise ProtocolError(f"{fields['kind']}: {faults}") from error

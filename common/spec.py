@@ -1,0 +1,54 @@
+"""ModelSpec: all that is needed to rebuild a (pruned) backbone before its tensors are loaded.
+
+A spec is frozen, hashable and JSON; it never carries code. Units are counted block by block:
+``heads[l]`` attention heads of ``head_width`` channels, ``neurons[l]`` MLP neurons.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Triple = tuple[float, float, float]
+Count = Annotated[int, Field(ge=1, le=65536)]
+
+
+class ModelSpec(BaseModel):
+    """The shape of a backbone: a timm architecture and the units that are left of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="timm architecture, for example vit_small_patch14_dinov2")
+    image_size: int = Field(ge=16, le=2048, description="side of the square input in pixels")
+    options: tuple[tuple[str, int], ...] = Field(
+        default=(), description="timm constructor overrides, for example (('depth', 6),)"
+    )
+    heads: tuple[Count, ...] = Field(description="attention heads, block by block")
+    neurons: tuple[Count, ...] = Field(description="MLP neurons, block by block")
+    head_width: Count
+    width: Count = Field(description="embedding width, also the length of a feature vector")
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _same_depth(self) -> "ModelSpec":
+        if not self.heads or len(self.heads) != len(self.neurons):
+            raise ValueError("heads and neurons must name the same, non-zero number of blocks")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.heads)
+
+    def with_units(self, heads: tuple[int, ...], neurons: tuple[int, ...]) -> "ModelSpec":
+        """The same architecture with other unit counts, validated again."""
+        return ModelSpec.model_validate(self.model_dump() | {"heads": heads, "neurons": neurons})
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same spec always gives the same text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ModelSpec":
+        """Parse and validate; raises ``pydantic.ValidationError``."""
+        return cls.model_validate_json(text)

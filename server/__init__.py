@@ -1,0 +1,1 @@
+"""The coordinating server: rounds, aggregation, consensus, the shared pruning mask."""

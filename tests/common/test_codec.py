@@ -1,0 +1,326 @@
+"""Update coding: exact bytes, bounds, slices, and what damaged bytes may do."""
+
+import contextlib
+import struct
+import tracemalloc
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+
+from common import codec
+from common.errors import ModelError, ProtocolError, RejectReason
+
+Floats = npt.NDArray[np.float32]
+
+BASE = "ab" * 32
+FLOATS = arrays(
+    np.float32,
+    st.integers(0, 700),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True),
+)
+SMALL = st.floats(-1, 1, width=32)
+BLOCKS = st.sampled_from([1, 2, 3, 64, 256, 1000])
+
+
+def random_values(count: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+
+
+def scales_of(payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    header = codec.read_header(payload)
+    return np.frombuffer(payload.tobytes()[52 : header.values_at], np.float32)
+
+
+# --- round trips ---------------------------------------------------------------------------------
+
+
+@given(FLOATS, BLOCKS)
+def test_eight_bits_round_trip_within_half_a_scale(values: Floats, block: int) -> None:
+    payload = codec.encode(values, BASE, block=block)
+    decoded = codec.decode(payload, base=BASE, count=values.size)
+    scale = np.repeat(scales_of(payload), block)[: values.size].astype(np.float64)
+    # one rounding to fp32 in the quotient and one in the product, on top of half a step
+    slack = np.abs(values.astype(np.float64)) * 2.0**-22
+    assert (np.abs(decoded.astype(np.float64) - values) <= scale / 2 + slack).all()
+
+
+@given(FLOATS, BLOCKS)
+def test_thirty_two_bits_are_exact(values: Floats, block: int) -> None:
+    payload = codec.encode(values, BASE, bits=32, block=block)
+    assert codec.decode(payload, base=BASE, count=values.size).tobytes() == values.tobytes()
+
+
+@given(FLOATS)
+def test_coding_what_was_decoded_stays_within_an_ulp(values: Floats) -> None:
+    """What the decoder yields is representable: coding it again hardly moves it."""
+    once = codec.decode(codec.encode(values, BASE, block=64), base=BASE, count=values.size)
+    twice = codec.decode(codec.encode(once, BASE, block=64), base=BASE, count=values.size)
+    np.testing.assert_allclose(twice, once, rtol=1e-6, atol=1e-44)
+
+
+def test_extremes_survive() -> None:
+    largest = np.finfo(np.float32).max
+    tiny = np.float32(1e-45)
+    values = np.array([largest, -largest, tiny, -tiny, 0, 0], np.float32)
+    decoded = codec.decode(codec.encode(values, BASE, block=2), base=BASE, count=6)
+    assert np.isfinite(decoded).all()
+    np.testing.assert_allclose(decoded[:2], values[:2], rtol=1e-6)
+    np.testing.assert_array_equal(decoded[2:], values[2:])
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_an_empty_update_is_a_header(bits: Literal[8, 32]) -> None:
+    payload = codec.encode(np.empty(0, np.float32), BASE, bits=bits)
+    assert payload.size == codec.HEADER_BYTES
+    assert codec.decode(payload, base=BASE, count=0).size == 0
+
+
+# --- golden vectors ------------------------------------------------------------------------------
+
+# 127 gives scale 1, so the values can be read off; 0.5, 1.5, 2.5 round to the even neighbour.
+GOLDEN_VALUES = np.array([127, 0.5, 1.5, 2.5, -2.5, -127, 0, 0, 63.5], np.float32)
+GOLDEN_HEAD = "4646555001000800040000000900000000000000" + BASE
+# scales: 1.0, 1.0, and 0.5 = 63.5 / 127
+GOLDEN_8 = GOLDEN_HEAD + "0000803f0000803f0000003f7f000202fe8100007f"
+GOLDEN_32 = "4646555001002000040000000200000000000000" + BASE + "0000803f000020c0"
+
+
+def test_golden_eight_bits() -> None:
+    payload = codec.encode(GOLDEN_VALUES, BASE, block=4)
+    assert payload.tobytes().hex() == GOLDEN_8
+    decoded = codec.decode(bytes.fromhex(GOLDEN_8), base=BASE, count=9)
+    assert decoded.tolist() == [127, 0, 2, 2, -2, -127, 0, 0, 63.5]
+
+
+def test_golden_thirty_two_bits() -> None:
+    values = np.array([1.0, -2.5], np.float32)
+    assert codec.encode(values, BASE, bits=32, block=4).tobytes().hex() == GOLDEN_32
+    decoded = codec.decode(bytes.fromhex(GOLDEN_32), base=BASE, count=2)
+    assert decoded.tolist() == [1.0, -2.5]
+
+
+def test_golden_scale_is_rounded_up() -> None:
+    """0.1f / 127 lies between two fp32 numbers; the upper one is sent."""
+    values = np.array([0.1], np.float32)
+    scale = scales_of(codec.encode(values, BASE))[0]
+    assert float(scale) * 127 >= float(values[0])
+    assert float(np.nextafter(scale, np.float32(0))) * 127 < float(values[0])
+
+
+def test_the_header_says_what_was_coded() -> None:
+    payload = codec.encode(random_values(1000), BASE, block=64)
+    assert codec.read_header(payload) == codec.Header(bits=8, block=64, count=1000, base=BASE)
+    assert codec.read_header(payload).payload_bytes == payload.size == 52 + 4 * 16 + 1000
+    assert codec.read_header(payload[: codec.HEADER_BYTES]).count == 1000
+
+
+# --- slices --------------------------------------------------------------------------------------
+
+
+@given(
+    arrays(np.float32, st.integers(1, 600), elements=SMALL),
+    BLOCKS,
+    st.sampled_from([8, 32]),
+    st.data(),
+)
+def test_slices_equal_the_whole(
+    values: Floats, block: int, bits: Literal[8, 32], data: st.DataObject
+) -> None:
+    payload = codec.encode(values, BASE, bits=bits, block=block)
+    whole = codec.decode(payload, base=BASE, count=values.size)
+    start = data.draw(st.integers(0, values.size))
+    stop = data.draw(st.integers(start, values.size))
+    read, header = codec.reader_of(payload), codec.read_header(payload)
+    part = codec.decode_slice(read, header, start, stop)
+    assert part.tobytes() == whole[start:stop].tobytes()
+
+
+@pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, 11)])
+def test_slices_outside_are_refused(bounds: tuple[int, int]) -> None:
+    payload = codec.encode(random_values(10), BASE)
+    with pytest.raises(ProtocolError) as caught:
+        codec.decode_slice(codec.reader_of(payload), codec.read_header(payload), *bounds)
+    assert caught.value.reason is RejectReason.SHAPE
+
+
+def test_a_slice_reads_only_its_blocks() -> None:
+    payload = codec.encode(random_values(100_000), BASE)
+    read: list[int] = []
+
+    def counting(offset: int, length: int) -> bytes:
+        read.append(length)
+        return payload[offset : offset + length].tobytes()
+
+    codec.decode_slice(counting, codec.read_header(payload), 1000, 1100)
+    assert sum(read) <= 2 * (256 + 4)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def patched(payload: npt.NDArray[np.uint8], offset: int, data: bytes) -> bytes:
+    raw = bytearray(payload.tobytes())
+    raw[offset : offset + len(data)] = data
+    return bytes(raw)
+
+
+NAN, INF, NEGATIVE = (struct.pack("<f", x) for x in (float("nan"), float("inf"), -1.0))
+FAULTS = [
+    (0, b"XXXX", RejectReason.MALFORMED),
+    (4, b"\x02\x00", RejectReason.PROTOCOL),
+    (6, b"\x04", RejectReason.MALFORMED),
+    (7, b"\x01", RejectReason.MALFORMED),
+    (8, b"\x00\x00\x00\x00", RejectReason.MALFORMED),
+    (8, b"\x01\x00\x01\x00", RejectReason.MALFORMED),
+    (12, b"\x01", RejectReason.SHAPE),
+    (12, b"\xff" * 8, RejectReason.SHAPE),
+    (20, b"\x00", RejectReason.FOREIGN_BASE),
+    (52, NAN, RejectReason.NOT_FINITE),
+    (52, INF, RejectReason.NOT_FINITE),
+    (52, struct.pack("<f", 3e38), RejectReason.NOT_FINITE),
+    (52, NEGATIVE, RejectReason.MALFORMED),
+    (1000, b"\x80", RejectReason.MALFORMED),
+]
+
+
+@pytest.mark.parametrize(("offset", "data", "reason"), FAULTS)
+def test_a_damaged_payload_is_refused_with_its_reason(
+    offset: int, data: bytes, reason: RejectReason
+) -> None:
+    payload = patched(codec.encode(random_values(1000), BASE), offset, data)
+    with pytest.raises(ProtocolError) as caught:
+        codec.decode(payload, base=BASE, count=1000)
+    assert caught.value.reason is reason
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_wrong_length_is_refused(bits: Literal[8, 32], change: int) -> None:
+    raw = codec.encode(random_values(1000), BASE, bits=bits).tobytes()
+    wrong = raw[:-1] if change < 0 else raw + b"\x00"
+    with pytest.raises(ProtocolError) as caught:
+        codec.decode(wrong, base=BASE, count=1000)
+    assert caught.value.reason is RejectReason.MALFORMED
+
+
+def test_a_truncated_file_is_refused_by_slices() -> None:
+    payload = codec.encode(random_values(1000), BASE)
+    header = codec.read_header(payload)
+    with pytest.raises(ProtocolError, match="in the middle"):
+        codec.decode_slice(codec.reader_of(payload[:-1]), header, 0, 1000)
+
+
+def test_raw_numbers_that_are_not_finite_are_refused() -> None:
+    payload = patched(codec.encode(random_values(3), BASE, bits=32), 56, NAN)
+    with pytest.raises(ProtocolError) as caught:
+        codec.decode(payload, base=BASE, count=3)
+    assert caught.value.reason is RejectReason.NOT_FINITE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_encoder_refuses_what_is_not_finite(value: float) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        codec.encode(np.array([0, value], np.float32), BASE)
+    assert caught.value.reason is RejectReason.NOT_FINITE
+
+
+@pytest.mark.parametrize("base", ["", "ab", "zz" * 32, "ab " * 32, "ab" * 33])
+def test_the_encoder_refuses_what_is_no_digest(base: str) -> None:
+    with pytest.raises(ProtocolError, match="64 hex digits"):
+        codec.encode(random_values(2), base)
+
+
+def test_the_encoder_refuses_other_shapes_and_types() -> None:
+    for values in (np.zeros((2, 2), np.float32), np.zeros(4, np.float64)):
+        with pytest.raises(ProtocolError):
+            codec.encode(values, BASE)  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError):
+        codec.encode(random_values(4), BASE, bits=4)  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError):
+        codec.encode(random_values(4), BASE, block=0)
+
+
+@given(st.binary(max_size=200), st.integers(0, 200))
+def test_random_bytes_raise_nothing_but_protocol_errors(data: bytes, count: int) -> None:
+    for payload in (data, codec.MAGIC + b"\x01\x00\x08\x00" + data):
+        with contextlib.suppress(ProtocolError):
+            codec.decode(payload, base=None, count=count)
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8), st.booleans())
+def test_mutated_bytes_decode_to_finite_numbers_or_raise(
+    changes: list[tuple[int, int]], exact: bool
+) -> None:
+    payload = codec.encode(random_values(300), BASE, bits=32 if exact else 8, block=64).copy()
+    for place, value in changes:
+        payload[place % payload.size] = value
+    with contextlib.suppress(ProtocolError):
+        assert np.isfinite(codec.decode(payload, base=None, count=300)).all()
+
+
+def test_a_lying_header_allocates_nothing() -> None:
+    payload = patched(codec.encode(random_values(10), BASE), 12, struct.pack("<Q", 2**40))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            codec.decode(payload, base=BASE, count=10)
+        with pytest.raises(ProtocolError):  # the liar's own count, but its bytes are not there
+            codec.decode(payload, base=BASE, count=2**40)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+# --- layout --------------------------------------------------------------------------------------
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+
+
+def test_layout_flattens_in_the_given_order() -> None:
+    model = small_model()
+    layout = codec.layout_of(model, ["1.weight", "0.bias", "0.weight"])
+    assert layout.count == 4 + 4 + 12
+    flat = layout.flatten(dict(model.named_parameters()))
+    assert flat[:4].tolist() == [1, 1, 1, 1]
+    back = layout.unflatten(flat)
+    assert torch.equal(back["0.weight"], dict(model.named_parameters())["0.weight"])
+    assert list(back) == ["1.weight", "0.bias", "0.weight"]
+
+
+def test_apply_adds_what_was_decoded_and_nothing_else() -> None:
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    layout = codec.layout_of(model, ["0.bias", "1.bias"])
+    change = codec.decode(codec.encode(random_values(8), BASE), base=BASE, count=8)
+    codec.apply(model, layout, change)
+    after = dict(model.named_parameters())
+    expected = before["0.bias"].numpy() + change[:4]
+    np.testing.assert_array_equal(after["0.bias"].detach().numpy(), expected)
+    assert torch.equal(after["0.weight"], before["0.weight"])
+
+
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    model = small_model()
+    layout = codec.layout_of(model, ["0.bias"])
+    with pytest.raises(ModelError, match=r"2\.bias"):
+        codec.layout_of(model, ["0.bias", "2.bias"])
+    with pytest.raises(ModelError):
+        codec.layout_of(model, [])
+    with pytest.raises(ModelError, match=r"0\.bias"):
+        layout.flatten({"0.bias": torch.zeros(5)})
+    with pytest.raises(ModelError, match="nothing"):
+        layout.flatten({})
+    with pytest.raises(ProtocolError):
+        codec.apply(model, layout, random_values(5))
+    with pytest.raises(ModelError):
+        codec.apply(nn.Linear(3, 4), layout, random_values(4))
