@@ -1,0 +1,70 @@
+"""Flower ClientApp: nothing but glue between a Flower message and the farm that answers it."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import cast, get_args
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from common.config import FarmConfig, load_settings
+from common.errors import DataError, ProtocolError, RejectReason
+from common.logs import start_logging
+from common.messages import Refusal, Reply, Request
+from common.wire import from_record, message_type, to_record
+
+log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+# What could be imported before Flower put the unpacked app first on the import path.
+_IMPORT_PATH = list(sys.path)
+
+
+@app.query("hello")
+@app.train("align")
+@app.evaluate("report")
+def answer(message: Message, context: Context) -> Message:
+    """Answer a request; whatever goes wrong is answered with a refusal."""
+    sys.path[:] = _IMPORT_PATH
+    try:
+        reply = _handle(_request_of(message), context)
+    except ProtocolError as error:
+        log.error("refused a message: %s", error)
+        other = error.reason is RejectReason.PROTOCOL
+        reply = Refusal(reason="protocol" if other else "bad_request", detail=str(error)[:500])
+    except DataError as error:
+        log.error("%s", error)
+        reply = Refusal(reason="data", detail="the image folder cannot be used; see the farm's log")
+    except Exception as error:
+        # The text of an exception may name an image: it stays in the farm's own log.
+        log.exception("a request failed")
+        reply = Refusal(reason="internal", detail=f"{type(error).__name__}; see the farm's log")
+    return Message(to_record(reply), reply_to=message)
+
+
+def main() -> None:
+    """Flower's program ``flwr-clientapp``, with this very module as ``client.app``."""
+    from flwr.supernode.cli import flwr_clientapp
+
+    start_logging()
+    flwr_clientapp()
+
+
+def _request_of(message: Message) -> Request:
+    content: RecordDict = message.content
+    request = from_record(content)
+    if not isinstance(request, get_args(Request)):
+        raise ProtocolError(f"a farm is sent requests, not '{request.kind}'")
+    if message_type(request) != message.metadata.message_type:
+        raise ProtocolError(f"'{request.kind}' came as '{message.metadata.message_type}'")
+    return cast(Request, request)
+
+
+def _handle(request: Request, context: Context) -> Reply:
+    # Here, so that a broken installation is answered with a refusal instead of silence.
+    from client.farm import Farm
+
+    config = load_settings(FarmConfig, Path(str(context.node_config["config"])))
+    return Farm.open(config, Path(str(context.node_config["state-dir"]))).handle(request)

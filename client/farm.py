@@ -1,0 +1,296 @@
+"""A farm at work: from a request to its reply. Images and the classifier stay in here.
+
+For each request the farm brings its copy of the backbone up to date, refits its private
+classifier to it, evaluates, aligns, scores, codes the update, writes the reply to disk and only
+then answers. Asked the same again, it answers from disk.
+"""
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from client.align import Aligned, align
+from client.scores import FarmScores, score_units
+from client.state import FarmState
+from common import backbone, codec, fit
+from common.anchors import Anchors
+from common.config import FarmConfig
+from common.errors import (
+    ConfigError,
+    DataError,
+    FieldfedError,
+    ModelError,
+    ProtocolError,
+    QualityError,
+    StateError,
+)
+from common.images import FarmFolder, Purpose, open_folder
+from common.messages import (
+    AlignReply,
+    AlignRequest,
+    EvaluateReply,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+    Refusal,
+    Reply,
+    Request,
+    Work,
+)
+from common.scores import encode_neurons
+from common.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class MissingBaseError(FieldfedError):
+    """The request stands on a backbone that this farm does not hold."""
+
+
+@dataclass
+class Base:
+    """A backbone brought up to date, on its way through one request."""
+
+    model: VisionTransformer
+    spec: ModelSpec
+    digest: str
+
+
+class Farm:
+    """One farm: its settings, images and state."""
+
+    def __init__(self, config: FarmConfig, folder: FarmFolder, state: FarmState) -> None:
+        self.name = config.farm.name
+        self._farm = config.farm
+        self._folder = folder
+        self._state = state
+        self._autocast = config.farm.precision == "bf16" or (
+            config.farm.precision == "auto" and fit.bf16_supported()
+        )
+
+    @classmethod
+    def open(cls, config: FarmConfig, state_dir: Path) -> "Farm":
+        """Open the image folder and the state of a farm; raises DataError."""
+        if config.farm.threads:
+            torch.set_num_threads(config.farm.threads)
+        state = FarmState(state_dir)
+        folder = open_folder(
+            config.farm.data,
+            per_class=config.farm.per_class,
+            seed=config.farm.seed,
+            cache=state_dir / "images.json",
+        )
+        return cls(config, folder, state)
+
+    def handle(self, request: Request) -> Reply:
+        """Answer a request; what cannot be done is answered with a refusal that says why."""
+        try:
+            if isinstance(request, HelloRequest):
+                return self._hello()
+            kind = request.kind
+            cached = self._state.load_reply(request, kind)
+            if isinstance(cached, AlignReply | EvaluateReply):
+                log.info("run %d round %d: answered from disk", request.run, request.round)
+                return cached.model_copy(update={"attempt": request.attempt})
+            reply = (
+                self._align(request)
+                if isinstance(request, AlignRequest)
+                else self._evaluate(request)
+            )
+            self._state.save_reply(request, kind, reply)
+            return reply
+        except MissingBaseError as error:
+            return Refusal(reason="missing_base", detail=str(error))
+        except DataError as error:
+            log.error("%s", error)
+            return Refusal(reason="data", detail=f"{self.name}: its image folder cannot be used")
+        except (ProtocolError, ModelError, ConfigError) as error:
+            return Refusal(reason="bad_request", detail=str(error)[:500])
+        except QualityError as error:
+            return Refusal(reason="internal", detail=str(error)[:500])
+
+    def report(self) -> dict[str, str | int | float]:
+        """Accuracy of the newest backbone on the test part, for the farm's own eyes.
+
+        Raises:
+            StateError: the farm has not received a backbone yet.
+        """
+        for digest in self._state.held():
+            held = self._state.load_backbone(digest)
+            if held is not None:
+                judged = self._judge_test(Base(*held, digest), keep=True)
+                return {
+                    "farm": self.name,
+                    "base": digest,
+                    "accuracy": judged.accuracy,
+                    "f1": judged.f1,
+                    "examples": len(judged.correct),
+                }
+        raise StateError(f"farm {self.name} has no backbone yet; let it take part in a round first")
+
+    def _hello(self) -> HelloReply:
+        return HelloReply(
+            farm=self.name,
+            examples=len(self._folder.fit),
+            classes=len(self._folder.classes),
+            held=self._state.held(),
+        )
+
+    # --- one round -------------------------------------------------------------------------
+
+    def _align(self, request: AlignRequest) -> AlignReply:
+        started = time.monotonic()
+        base = self._bring_up(request)
+        classifier = self._refit(base)
+        judged = self._judge(base, classifier)
+        aligned, scores = self._learn(request, base, classifier)
+        layout = codec.layout_of(base.model, list(aligned.delta))
+        bits = request.train.update_bits
+        update = codec.encode(layout.flatten(aligned.delta), request.base, bits=bits)
+        log.info(
+            "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
+            *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
+        )
+        return AlignReply(
+            run=request.run,
+            round=request.round,
+            attempt=request.attempt,
+            farm=self.name,
+            base=request.base,
+            mask=request.mask,
+            examples=len(self._folder.fit),
+            accuracy=judged.accuracy,
+            f1=judged.f1,
+            loss=aligned.loss,
+            dal=aligned.dal,
+            seconds=time.monotonic() - started,
+            update=update,
+            head_importance=scores.head_importance if scores else None,
+            head_mmd2=scores.head_mmd2 if scores else None,
+            neuron_importance=encode_neurons(scores.neuron_importance) if scores else None,
+        )
+
+    def _learn(
+        self, request: AlignRequest, base: Base, classifier: nn.Linear
+    ) -> tuple[Aligned, FarmScores | None]:
+        anchors = None
+        if request.anchors is not None:
+            anchors = Anchors.from_bytes(request.anchors.tobytes())
+        aligned = align(
+            base.model,
+            classifier,
+            self._folder.fit,
+            base.spec,
+            request.train,
+            anchors,
+            seed=self._seed(request, request.round),
+            autocast=self._autocast,
+        )
+        if not request.score:
+            return aligned, None
+        batches = self._folder.fit.batches(base.spec, request.train.batch_size)
+        return aligned, score_units(base.model, classifier, batches, anchors)
+
+    # --- a report --------------------------------------------------------------------------
+
+    def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        started = time.monotonic()
+        base = self._bring_up(request)
+        for number in range(1, request.local_rounds + 1):
+            align(
+                base.model,
+                self._refit(base, keep=False),
+                self._folder.fit,
+                base.spec,
+                request.train,
+                None,
+                seed=self._seed(request, number),
+                autocast=self._autocast,
+            )
+            log.info("%s: local round %d of %d", self.name, number, request.local_rounds)
+        judged = self._judge_test(base, keep=request.local_rounds == 0)
+        self._state.save_report(request.label, request.base, judged.correct.tolist())
+        log.info("%s report %s: accuracy %.3f", self.name, request.label, judged.accuracy)
+        return EvaluateReply(
+            run=request.run,
+            round=request.round,
+            attempt=request.attempt,
+            farm=self.name,
+            base=request.base,
+            mask=request.mask,
+            label=request.label,
+            examples=len(judged.correct),
+            accuracy=judged.accuracy,
+            f1=judged.f1,
+            seconds=time.monotonic() - started,
+        )
+
+    # --- steps that both share -------------------------------------------------------------
+
+    def _bring_up(self, request: Work) -> Base:
+        """The backbone that the request stands on, from disk, a coded delta or a full body."""
+        held = self._state.load_backbone(request.base)
+        if held is not None:
+            return Base(*held, request.base)
+        if request.body_kind == "none" or request.body is None:
+            raise MissingBaseError(f"{self.name} does not hold backbone {request.base[:12]}")
+        if request.body_kind == "full":
+            model, spec = backbone.unpack(request.body.tobytes())
+        else:
+            model, spec = self._add_delta(request, request.body)
+        if backbone.digest(model, spec) != request.base:
+            raise MissingBaseError(
+                f"{self.name}: the {request.body_kind} body does not yield {request.base[:12]}"
+            )
+        self._state.save_backbone(request.base, model, spec)
+        return Base(model, spec, request.base)
+
+    def _add_delta(
+        self, request: Work, body: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    ) -> tuple[VisionTransformer, ModelSpec]:
+        parent = request.body_from or ""
+        held = self._state.load_backbone(parent) if parent else None
+        if held is None:
+            raise MissingBaseError(f"{self.name} does not hold backbone {parent[:12]}")
+        model, spec = held
+        assert isinstance(request, AlignRequest | EvaluateRequest)
+        names = backbone.trainable_names(model, request.train.trainable)
+        layout = codec.layout_of(model, names)
+        codec.apply(model, layout, codec.decode(body, base=parent, count=layout.count))
+        return model, spec
+
+    def _refit(self, base: Base, keep: bool = True, autocast: bool | None = None) -> nn.Linear:
+        """The private classifier, fitted to the features of this backbone on the fit part."""
+        features, labels = self._features(base, autocast)
+        classifier = fit.fit_classifier(features, labels, len(self._folder.classes))
+        if keep:
+            self._state.save_classifier(base.digest, classifier, self._folder.classes)
+        return classifier
+
+    def _features(self, base: Base, autocast: bool | None) -> tuple[Tensor, Tensor]:
+        chosen = self._autocast if autocast is None else autocast
+        return fit.extract(base.model, self._folder.fit, base.spec, autocast=chosen)
+
+    def _judge(self, base: Base, classifier: nn.Linear) -> fit.Evaluation:
+        features, labels = fit.extract(
+            base.model, self._folder.decide, base.spec, autocast=self._autocast
+        )
+        return fit.evaluate(classifier, features, labels)
+
+    def _judge_test(self, base: Base, keep: bool) -> fit.Evaluation:
+        # full precision, so that a reported figure does not depend on the farm's hardware
+        classifier = self._refit(base, keep=keep, autocast=False)
+        test = self._folder.open_test(Purpose.REPORT)
+        return fit.evaluate(classifier, *fit.extract(base.model, test, base.spec))
+
+    def _seed(self, request: Work, number: int) -> int:
+        """Farm randomness depends on seed, round and farm alone, so a run can be repeated."""
+        text = f"{request.seed}/{number}/{self.name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

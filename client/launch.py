@@ -1,0 +1,94 @@
+"""Starts and supervises Flower's SuperNode on a farm; it starts our ClientApp for each request."""
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config import FarmConfig
+from common.errors import ConfigError
+from common.files import write_atomically
+from common.processes import (
+    Child,
+    Supervisor,
+    free_port,
+    require_loopback,
+    terminate_like_interrupt,
+)
+from common.programs import (
+    flower_environment,
+    flower_home,
+    logs_of,
+    programs_of,
+    write_program,
+)
+
+log = logging.getLogger(__name__)
+
+_LOCAL = "127.0.0.1"
+
+
+def run_supernode(
+    config: FarmConfig,
+    config_path: Path,
+    state_dir: Path,
+    stop: threading.Event | None = None,
+) -> None:
+    """Keep a SuperNode connected until Ctrl-C, SIGTERM or ``stop``; then end all it started.
+
+    It waits for a server that is not up yet. After a power cut the server refuses it for up to a
+    minute, and it exits: it is started again with a jittered back-off until it is let in.
+
+    Args:
+        config: the farm's settings.
+        config_path: the file they came from; the ClientApp reads it again for each request.
+        state_dir: where the farm keeps its state and Flower's files.
+        stop: ends the call when set, for use outside the main thread.
+
+    Raises:
+        ConfigError: the server is on another machine, or the settings file does not exist.
+        LaunchError: Flower is not installed.
+    """
+    require_loopback(config.farm.superlink.rpartition(":")[0], "[farm] superlink")
+    if not config_path.is_file():
+        raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
+    child = supernode(config, config_path, state_dir)
+    stop = stop or threading.Event()
+    try:
+        with terminate_like_interrupt(), Supervisor() as supervisor:
+            supervisor.start(child)
+            log.info("%s works for the server at %s", config.farm.name, config.farm.superlink)
+            while not stop.wait(1.0):
+                pass
+    except KeyboardInterrupt:
+        log.info("%s stopped", config.farm.name)
+
+
+def supernode(config: FarmConfig, config_path: Path, state_dir: Path) -> Child:
+    """The SuperNode of a farm, ready to start; writes what it and its children read."""
+    node_config = flower_home(state_dir) / "node.toml"  # a file: paths need no quoting
+    values = {"config": str(config_path.absolute()), "state-dir": str(state_dir.absolute())}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    write_atomically(node_config, "\n".join(lines).encode())
+    logs = logs_of(state_dir)
+    write_program(programs_of(state_dir) / "flwr-clientapp", "client.app", logs / "clientapp.log")
+
+    def command() -> Sequence[str]:
+        return [
+            "flower-supernode",
+            "--insecure",
+            *("--superlink", config.farm.superlink),
+            # its children reach it there; another port at each start, should one be taken
+            *("--host", _LOCAL, "--port", str(free_port(_LOCAL))),
+            *("--node-config", str(node_config)),
+        ]
+
+    return Child("supernode", command, logs / "supernode.log", _environment(config, state_dir))
+
+
+def _environment(config: FarmConfig, state_dir: Path) -> dict[str, str]:
+    env = flower_environment(state_dir)
+    if config.farm.threads:
+        env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(config.farm.threads)
+    return env

@@ -1,0 +1,136 @@
+"""What a farm keeps on its own disk; nothing in here ever leaves it, except cached replies.
+
+    backbones/DIGEST.safetensors     the newest training bases, oldest thrown away
+    classifiers/DIGEST.safetensors   this farm's classifier for that backbone
+    replies/RUN-ROUND-KIND...        the answer to a request, sent again when it is asked again
+    reports/LABEL.json               per-image results on the test part, for the farm's own eyes
+
+Every file is written whole or not at all, and a damaged one counts as absent.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from common import backbone
+from common.errors import FieldfedError, ModelError
+from common.files import write_atomically
+from common.messages import Reply, Request, Work, from_parts, to_parts
+from common.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+BACKBONES_KEPT = 3
+REPLIES_KEPT = 4
+
+
+class FarmState:
+    """The folder of one farm."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("backbones", "classifiers", "replies", "reports"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    # --- backbones -------------------------------------------------------------------------
+
+    def held(self) -> tuple[str, ...]:
+        """Digests of the backbones on disk, newest first."""
+        return tuple(path.stem for path in _newest_first(self.folder / "backbones"))
+
+    def load_backbone(self, digest: str) -> tuple[VisionTransformer, ModelSpec] | None:
+        """The backbone with this digest, or None when it is absent or damaged."""
+        path = self._backbone_path(digest)
+        try:
+            model, spec = backbone.load_backbone(path)
+        except ModelError:
+            path.unlink(missing_ok=True)
+            return None
+        if backbone.digest(model, spec) != digest:
+            log.warning("backbone %s on disk is damaged; it will be fetched again", digest[:12])
+            path.unlink(missing_ok=True)
+            return None
+        os.utime(path)
+        return model, spec
+
+    def save_backbone(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
+        """Keep a backbone and throw the oldest away."""
+        backbone.save_backbone(self._backbone_path(digest), model, spec)
+        for path in _newest_first(self.folder / "backbones")[BACKBONES_KEPT:]:
+            path.unlink(missing_ok=True)
+            self._classifier_path(path.stem).unlink(missing_ok=True)
+
+    def _backbone_path(self, digest: str) -> Path:
+        return self.folder / "backbones" / f"{digest}.safetensors"
+
+    # --- classifiers -----------------------------------------------------------------------
+
+    def save_classifier(self, digest: str, classifier: nn.Linear, classes: Sequence[str]) -> None:
+        """Keep the classifier that fits the backbone ``digest``, with its class names."""
+        tensors = {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}
+        body = save_tensors(tensors, metadata={"classes": json.dumps(list(classes))})
+        write_atomically(self._classifier_path(digest), body)
+
+    def load_classifier(self, digest: str) -> nn.Linear | None:
+        """The classifier for the backbone ``digest``, or None when it is absent or damaged."""
+        try:
+            tensors = load_tensors(self._classifier_path(digest).read_bytes())
+            classes, width = tensors["weight"].shape
+            classifier = nn.Linear(width, classes)
+            classifier.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
+            return None
+        return classifier
+
+    def _classifier_path(self, digest: str) -> Path:
+        return self.folder / "classifiers" / f"{digest}.safetensors"
+
+    # --- replies ---------------------------------------------------------------------------
+
+    def save_reply(self, request: Work, kind: str, reply: Reply) -> None:
+        """Keep a finished reply, so that a repeated request costs no second training."""
+        text, arrays = to_parts(reply)
+        path = self._reply_path(request, kind)
+        write_atomically(path, save_arrays(arrays or _NOTHING, metadata={"message": text}))
+        for old in _newest_first(self.folder / "replies")[REPLIES_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def load_reply(self, request: Work, kind: str) -> Request | Reply | None:
+        """The reply to an earlier attempt at the same work, or None."""
+        path = self._reply_path(request, kind)
+        try:
+            with safe_open(path, framework="np") as file:
+                text = (file.metadata() or {})["message"]
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return from_parts(text, arrays if "nothing" not in arrays else {})
+        except (OSError, SafetensorError, KeyError, FieldfedError):
+            return None
+
+    def _reply_path(self, request: Work, kind: str) -> Path:
+        # the base is part of the name: a server that started over may reuse run and round numbers
+        name = f"{request.run}-{request.round}-{kind}-{request.base[:16]}.safetensors"
+        return self.folder / "replies" / name
+
+    # --- reports ---------------------------------------------------------------------------
+
+    def save_report(self, label: str, base: str, correct: Sequence[bool]) -> None:
+        """Keep which test images were classified correctly, in the order of the test part."""
+        report = {"label": label, "base": base, "correct": [int(flag) for flag in correct]}
+        write_atomically(self.folder / "reports" / f"{label}.json", json.dumps(report).encode())
+
+
+_NOTHING = {"nothing": np.zeros(1, np.uint8)}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime_ns)
