@@ -1,0 +1,141 @@
+"""Aggregation of spooled updates: chunk by chunk, in node order, in bounded memory.
+
+    mean_n = sum_i w_i x_in / sum_i w_i        FedAvg (McMahan et al. 2017), w_i = examples
+
+Sums run over farms in node order in float64, so the order of arrival, the chunk and the number of
+slices cannot change a bit of the result. However many replies there are, one chunk of one update
+is in memory beside the result.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from common import codec
+from common.codec import Bytes, Floats, Header, Read
+from common.errors import ConfigError, ProtocolError, RejectReason, StateError
+
+CHUNK = 1 << 20
+
+
+class UpdateReader(Protocol):
+    """A coded update that can be read in slices; the spool's readers are such."""
+
+    @property
+    def node(self) -> int:
+        """The farm that sent it."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the coded update from ``offset``."""
+        ...
+
+
+def aggregate(
+    readers: Sequence[UpdateReader],
+    weights: Sequence[float],
+    *,
+    count: int,
+    base: str | None = None,
+    chunk: int = CHUNK,
+    clip: float | None = None,
+) -> Floats:
+    """Weighted mean of decoded updates.
+
+    Args:
+        readers: the updates, in any order, one per node.
+        weights: one positive weight per reader.
+        count: numbers in an update, n.
+        base: digest that all updates must be based on; ``None``: any.
+        chunk: numbers decoded at a time.
+        clip: updates whose L2 norm exceeds ``clip`` times the median norm are scaled down to it;
+            ``None``: no clipping.
+
+    Returns:
+        fp32 (n,).
+
+    Raises:
+        ConfigError: ``clip`` is not above 0.
+        StateError: there is nothing to aggregate, a node occurs twice, or a weight is not positive.
+        ProtocolError: an update does not fit; it should have been refused when it arrived.
+    """
+    entries = _in_node_order(readers, weights)
+    headers = [_header(reader, base, count) for reader, _ in entries]
+    shares = np.array([weight for _, weight in entries], dtype=np.float64)
+    shares /= shares.sum()
+    sources = [(reader.read, header) for (reader, _), header in zip(entries, headers, strict=True)]
+    if clip is not None:
+        if not clip > 0:
+            raise ConfigError(f"updates are clipped to a multiple of their median norm, not {clip}")
+        shares *= _clip_factors([_norm(*source, chunk) for source in sources], clip)
+    mean = np.empty(count, dtype=np.float32)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        total = np.zeros(stop - start, dtype=np.float64)
+        for share, (read, header) in zip(shares, sources, strict=True):
+            total += share * codec.decode_slice(read, header, start, stop)
+        mean[start:stop] = total
+    return mean
+
+
+def validate_update(
+    payload: Bytes, *, base: str, count: int, max_norm: float | None = None, chunk: int = CHUNK
+) -> float:
+    """Check a coded update, uint8 (m,), without decoding it whole; returns its L2 norm.
+
+    Raises:
+        ProtocolError: MALFORMED, PROTOCOL, FOREIGN_BASE, SHAPE, NOT_FINITE, or OVERSIZED when
+            the norm exceeds ``max_norm``.
+    """
+    header = codec.read_header(payload)
+    codec.check_header(header, base=base, count=count, size=len(payload))
+    norm = _norm(codec.reader_of(payload), header, chunk)
+    if max_norm is not None and norm > max_norm:
+        raise ProtocolError(
+            f"the update's norm {norm:.3g} exceeds the limit of {max_norm:.3g}",
+            RejectReason.OVERSIZED,
+        )
+    return norm
+
+
+def _in_node_order(
+    readers: Sequence[UpdateReader], weights: Sequence[float]
+) -> list[tuple[UpdateReader, float]]:
+    entries = sorted(zip(readers, weights, strict=True), key=lambda entry: entry[0].node)
+    nodes = [reader.node for reader, _ in entries]
+    if not entries:
+        raise StateError("no reply to aggregate; the round cannot be closed")
+    if len(set(nodes)) < len(nodes):
+        raise StateError(f"a farm's reply would count twice in the aggregate; nodes: {nodes}")
+    for reader, weight in entries:
+        if not (np.isfinite(weight) and weight > 0):
+            raise StateError(f"the reply of node {reader.node} has weight {weight}, not above 0")
+    return entries
+
+
+def _header(reader: UpdateReader, base: str | None, count: int) -> Header:
+    try:
+        header = codec.read_header(reader.read(0, codec.HEADER_BYTES))
+        codec.check_header(header, base=base, count=count)
+    except ProtocolError as error:
+        raise ProtocolError(f"reply of node {reader.node}: {error}", error.reason) from error
+    return header
+
+
+def _norm(read: Read, header: Header, chunk: int) -> float:
+    """L2 norm of an update, in float64."""
+    squares = 0.0
+    for start in range(0, header.count, chunk):
+        stop = min(start + chunk, header.count)
+        part = codec.decode_slice(read, header, start, stop).astype(np.float64)
+        squares += float(np.square(part).sum())
+    return float(np.sqrt(squares))
+
+
+def _clip_factors(norms: Sequence[float], clip: float) -> npt.NDArray[np.float64]:
+    """At most 1 each: what brings a norm down to ``clip`` times the median norm."""
+    lengths = np.array(norms, dtype=np.float64)
+    limit = clip * np.median(lengths)
+    return np.minimum(1.0, limit / np.maximum(lengths, np.finfo(np.float64).tiny))

@@ -1,0 +1,238 @@
+"""``fieldfed-server``: the commands of an operator."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from common import logs
+from common.command import LogOption, run, write_new
+from common.config import ServerConfig, load_settings
+from common.errors import StateError
+
+app = typer.Typer(
+    help="Coordinate farms: align a shared vision transformer, score its heads, prune it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml and its state")]
+
+SETTINGS = """\
+# Settings of a fieldfed server. Everything left out has its default; the environment overrides:
+# FIELDFED_SERVER__PORT=9000 sets [server] port.
+seed = 0
+
+[server]
+name = "fieldfed"
+host = "127.0.0.1"
+port = {port}
+
+[backbone]
+name = "{backbone}"
+image_size = {image_size}
+{weights}{source}
+[plan]
+rounds = 6
+prune_heads = 0.4       # share of heads removed by the end; or prune_macs = 0.5
+prune_events = 2
+
+[rounds]
+quorum = 1.0            # share of the farms whose replies make a round complete
+deadline_seconds = 1800
+min_farms = 1           # farms that must be online before a run starts
+"""
+
+
+@app.command(
+    epilog="Example: fieldfed-server init network --source photos/tomato --weights vit.safetensors"
+)
+def init(
+    folder: Folder,
+    backbone: Annotated[str, typer.Option(help="timm name")] = "vit_small_patch14_dinov2",
+    image_size: Annotated[int, typer.Option(help="pixels")] = 112,
+    weights: Annotated[
+        str | None, typer.Option(help="safetensors file, or hub, or hub:NAME; none: random")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="image folder of the source species (anchors, pre-training)")
+    ] = None,
+    port: Annotated[int, typer.Option(help="SuperLink's port")] = 8000,
+) -> None:
+    """Create a server: write FOLDER/server.toml."""
+    from common.backbone import dense_spec
+
+    dense_spec(backbone, image_size)
+    local = weights is not None and not weights.startswith("hub")
+    where = str(Path(weights or "").resolve()) if local else weights
+    text = SETTINGS.format(
+        port=port,
+        backbone=backbone,
+        image_size=image_size,
+        weights=f"weights = {json.dumps(where)}\n" if where else "",
+        source=f"source = {json.dumps(str(source.resolve()))}\n" if source else "",
+    )
+    write_new(folder / "server.toml", text)
+    print(f"wrote {folder / 'server.toml'}; next: fieldfed-server pretrain {folder}")
+
+
+@app.command("pretrain", epilog="Example: fieldfed-server pretrain network")
+def pretrain_base(folder: Folder, log: LogOption = "text") -> None:
+    """Load or train the first backbone and describe its heads on the source species."""
+    from server.pretrain import pretrain
+
+    logs.start_logging(log)
+    pretrain(_settings(folder), folder)
+    print(f"the first backbone is in {folder}; next: fieldfed-server up {folder}")
+
+
+@app.command(epilog="Example: fieldfed-server up network")
+def up(folder: Folder, log: LogOption = "text") -> None:
+    """Start SuperLink and SuperExec and keep them alive until Ctrl-C."""
+    from server.launch import serve
+
+    logs.start_logging(log)
+    config = _settings(folder)
+    with serve(config, folder):
+        print(
+            f"network {config.server.name} is up on {config.server.host}:{config.server.port}; "
+            f"in another terminal: fieldfed-server train {folder}",
+            flush=True,
+        )
+        signal.pause()
+
+
+@app.command(
+    epilog="Example: fieldfed-server train network --rounds 6 --prune-macs 0.5 --label half"
+)
+def train(
+    folder: Folder,
+    rounds: Annotated[int | None, typer.Option(help="instead of [plan] rounds")] = None,
+    prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
+    prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
+    label: Annotated[str, typer.Option(help="name of the closing report")] = "model",
+    log: LogOption = "text",
+) -> None:
+    """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run."""
+    from server.launch import Network
+    from server.rounds import RunSettings
+    from server.runs import play
+
+    logs.start_logging(log)
+    plan = {"rounds": rounds, "prune_heads": prune_heads, "prune_macs": prune_macs}
+    changes: dict[str, Any] = {key: value for key, value in plan.items() if value is not None}
+    if changes.keys() & {"prune_heads", "prune_macs"}:
+        changes = {"prune_heads": None, "prune_macs": None} | changes
+    config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
+    settings = RunSettings(config=config, label=label)
+    row = play(Network.of(config, folder), settings, Console())
+    print(f"run {row.run} is done; see: fieldfed-server status {folder}")
+
+
+@app.command(epilog="Example: fieldfed-server status network --json")
+def status(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Rounds, farms, accuracy and mask of the last run, also while it goes on."""
+    from server.status import show, snapshot
+
+    values = snapshot(folder)
+    if as_json:
+        print(json.dumps(values, indent=2, sort_keys=True))
+    else:
+        Console().print(show(values))
+
+
+@app.command(epilog="Example: fieldfed-server report network --out report.html")
+def report(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    run_number: Annotated[int | None, typer.Option("--run", help="default: the last")] = None,
+) -> None:
+    """Write a self-contained HTML report of a run and print its tables."""
+    from server.models import Models
+    from server.provenance import provenance
+    from server.report import write_report
+    from server.store import Store
+    from server.story import terminal_table
+    from server.summary import summarise
+
+    store = Store.open(folder / "fieldfed.db", read_only=True)
+    try:
+        row = store.latest_run() if run_number is None else store.run(run_number)
+        if row is None or not store.reports(row.run):
+            raise StateError(f"'{folder}' has no reported run yet; see: fieldfed-server status")
+        story = summarise(
+            store,
+            Models(folder),
+            [row.run],
+            title=f"Run {row.run}",
+            provenance=provenance(" ".join(["fieldfed-server", *sys.argv[1:]]), row.seed),
+        )
+    finally:
+        store.close()
+    write_report(story, out, {})
+    Console().print(terminal_table(story))
+    print(f"report: {out}")
+
+
+@app.command(
+    epilog="Examples: fieldfed-server demo   |   "
+    "fieldfed-server demo --data photos --weights vit.safetensors --compare --per-class 40"
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for data, state and results")] = Path(
+        "demo-output"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="DIR with source/SPECIES and farms/FARM; none: draw plants")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="safetensors file, or hub[:NAME]")] = None,
+    backbone: Annotated[str, typer.Option(help="timm name")] = "vit_small_patch14_dinov2",
+    image_size: Annotated[int, typer.Option(help="pixels")] = 112,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="also run without pruning, and local-only")
+    ] = False,
+    per_class: Annotated[int | None, typer.Option(help="few-shot: training images used")] = None,
+    rounds: Annotated[int, typer.Option(help="rounds of each run")] = 6,
+    prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
+    prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
+    seed: Annotated[int, typer.Option(help="seed of everything")] = 0,
+    log: LogOption = "text",
+) -> None:
+    """Play the whole story with real processes on this machine."""
+    from common.processes import terminate_like_interrupt
+    from server.demo import DemoOptions, run_demo
+
+    logs.start_logging(log)
+    options = DemoOptions(
+        out=out,
+        data=data,
+        weights=weights,
+        backbone=backbone,
+        image_size=image_size,
+        compare=compare,
+        per_class=per_class,
+        rounds=rounds,
+        prune_heads=prune_heads,
+        prune_macs=prune_macs,
+        seed=seed,
+        command=" ".join(["fieldfed-server", *sys.argv[1:]]),
+    )
+    with terminate_like_interrupt():
+        run_demo(options, Console())
+
+
+def _settings(folder: Path) -> ServerConfig:
+    return load_settings(ServerConfig, folder / "server.toml")
+
+
+def main() -> None:
+    """Entry point."""
+    run(app)

@@ -1,0 +1,179 @@
+"""Close a round: replies on disk become one candidate, and at a prune event a smaller one.
+
+Aggregate in node order -> code and decode the step (the canonical candidate is what the decoder
+yields, so every farm reaches the same digest) -> consensus over farms -> mask -> surgery with
+compensation -> anchors of the new mask -> one commit.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from common import backbone, codec
+from common.anchors import compute_anchors
+from common.config import ServerConfig
+from common.mask import Budget, Mask, choose_mask
+from common.scores import UnitScores, decode_neurons
+from common.spec import ModelSpec
+from common.surgery import collect_moments, prune_compensated
+from server.aggregate import aggregate
+from server.consensus import consensus, farm_scores, median_tau
+from server.models import Models
+from server.spool import Spool
+from server.store import CandidateRow, ReplyRow, ScoreRow, Store
+
+log = logging.getLogger(__name__)
+
+SourceBatches = Callable[[ModelSpec], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The training base of the moment: a candidate and the mask it carries."""
+
+    digest: str
+    mask: Mask
+
+
+class RoundCloser:
+    """Turns the spooled replies of a round into the next training base.
+
+    ``source`` yields batches of source images for a spec, or is None when the server has none;
+    then nothing is compensated and no anchors are kept.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        dense: ModelSpec,
+        models: Models,
+        spool: Spool,
+        store: Store,
+        source: SourceBatches | None,
+    ) -> None:
+        self._config, self._dense, self._source = config, dense, source
+        self._models, self._spool, self._store = models, spool, store
+
+    def close(self, run: int, number: int, base: Base, scored: bool, budget: Budget | None) -> Base:
+        """Aggregate, perhaps prune, commit; returns the new training base."""
+        replies = self._store.replies(run, number)
+        model, spec = self._models.load(base.digest)
+        step = self._step(replies, model, base.digest)
+        digest = self._models.save(model, spec, step)
+        farms = self._score(run, replies, spec) if scored else {}
+        agreed = self._agree(replies, farms)
+        mask = base.mask
+        if budget is not None and agreed is not None:
+            mask = choose_mask(agreed, base.mask, self._dense, budget)
+            model, spec, digest = self._cut(model, spec, base.mask, mask)
+        candidate = CandidateRow(
+            digest=digest,
+            parent=base.digest,
+            mask=mask.digest,
+            spec_json=spec.to_json(),
+            macs=backbone.macs(spec),
+            params=backbone.parameters(model),
+            path=str(self._models.path(digest)),
+        )
+        self._store.commit_round(
+            run,
+            number,
+            candidate=candidate,
+            mask_json=mask.to_json() if mask != base.mask else None,
+            scores=self._rows(agreed, farms, replies, base.mask),
+            macs_ratio=candidate.macs / backbone.macs(self._dense),
+            heads_kept_ratio=mask.heads_kept_ratio,
+            mean_accuracy=float(np.mean([row.accuracy for row in replies])),
+        )
+        self._spool.discard_round(run, number)
+        return Base(digest, mask)
+
+    def _step(
+        self, replies: Sequence[ReplyRow], model: VisionTransformer, base: str
+    ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """The aggregated, coded step, applied to ``model`` as every farm will apply it."""
+        train = self._config.train
+        layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
+        readers = [self._spool.open(Path(row.path)) for row in replies]
+        weights = [float(row.examples) for row in replies]
+        try:
+            mean = aggregate(readers, weights, count=layout.count)
+        finally:
+            for reader in readers:
+                reader.close()
+        step = codec.encode(mean, base, bits=train.update_bits)
+        codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
+        return step
+
+    # --- consensus -------------------------------------------------------------------------
+
+    def _score(
+        self, run: int, replies: Sequence[ReplyRow], spec: ModelSpec
+    ) -> dict[int, UnitScores]:
+        """Each farm's scores by node; the scale tau is frozen at the run's first score round."""
+        parts = {}
+        for row in replies:
+            with self._spool.open(Path(row.path)) as reader:
+                parts[row.node] = reader.scores()
+        tau = self._store.tau(run)
+        if tau is None:
+            tau = median_tau([part.head_mmd2 for part in parts.values()])
+            self._store.freeze_tau(run, tau)
+        return {
+            node: farm_scores(
+                part.head_importance,
+                part.head_mmd2,
+                decode_neurons(part.neuron_importance, sum(spec.neurons)),
+                tau=tau,
+                exponent=self._config.plan.exponent,
+                spec=spec,
+            )
+            for node, part in parts.items()
+        }
+
+    def _agree(
+        self, replies: Sequence[ReplyRow], farms: dict[int, UnitScores]
+    ) -> UnitScores | None:
+        if not farms:
+            return None
+        plan = self._config.plan
+        weighed = [(row.examples, farms[row.node]) for row in replies]
+        return consensus(weighed, kappa=plan.kappa, rule=plan.consensus)
+
+    def _rows(
+        self,
+        agreed: UnitScores | None,
+        farms: dict[int, UnitScores],
+        replies: Sequence[ReplyRow],
+        mask: Mask,
+    ) -> list[ScoreRow]:
+        if agreed is None:
+            return []
+        names = {row.node: row.farm for row in replies}
+        rows = [ScoreRow(farm=None, mask=mask.digest, heads=agreed.flat_heads())]
+        for node, scores in farms.items():
+            rows.append(ScoreRow(farm=names[node], mask=mask.digest, heads=scores.flat_heads()))
+        return rows
+
+    # --- prune event -----------------------------------------------------------------------
+
+    def _cut(
+        self, model: VisionTransformer, spec: ModelSpec, before: Mask, after: Mask
+    ) -> tuple[VisionTransformer, ModelSpec, str]:
+        keep = after.keep_in(before)
+        moments = collect_moments(model, self._source(spec)) if self._source else None
+        pruned, pruned_spec = prune_compensated(
+            model, spec, keep, moments, "least_squares" if moments else "none"
+        )
+        if self._source is not None:
+            seed, coral = self._config.seed, self._config.train.dal == "coral"
+            anchors = compute_anchors(pruned, self._source(pruned_spec), seed, coral)
+            self._models.save_anchors(after.digest, anchors)
+        digest = self._models.save(pruned, pruned_spec)
+        log.info("pruned to %.0f %% of heads: %s", 100 * after.heads_kept_ratio, digest[:12])
+        return pruned, pruned_spec, digest

@@ -1,0 +1,120 @@
+"""One SQLite connection: opened with care, written in whole transactions, read into typed rows.
+
+WAL lets other processes read while the run writes; ``synchronous=FULL`` makes a commit survive a
+power cut, not only a crash of the process.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from common.errors import StateError
+from server.migrations import migrate, require_known
+
+Row = TypeVar("Row")
+
+BUSY_SECONDS = 30.0
+
+
+class Database:
+    """A connection for the thread that opened it; every method that writes is atomic.
+
+    Any method raises StateError when the disk is full, the file is damaged, or another process
+    writes for longer than ``BUSY_SECONDS``.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path, self._db = path, connection
+        self._db.row_factory = sqlite3.Row
+
+    @classmethod
+    def open(cls, path: Path, read_only: bool = False) -> Self:
+        """Open the database; a writer creates it and brings it up to date.
+
+        Raises:
+            StateError: it is damaged, newer than this program, or (read only) not there yet or
+                older than this program.
+        """
+        if read_only and not path.is_file():
+            raise StateError(f"no database at '{path}'; start the server once to create it")
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,  # transactions are ours: BEGIN and COMMIT are written out
+            )
+        try:
+            with _explained(path):
+                _prepare(connection, read_only)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(path, connection)
+
+    def close(self) -> None:
+        """Close the connection; nothing is pending."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it, or nothing when anything is raised."""
+        with _explained(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _change(self, sql: str, *values: object) -> int:
+        """One statement that writes; returns how many rows it touched."""
+        with self._writing() as db:
+            return db.execute(sql, values).rowcount
+
+    def _select(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        """Rows as they are."""
+        with _explained(self._path):
+            return self._db.execute(sql, values).fetchall()
+
+    def _all(self, kind: type[Row], sql: str, *values: object) -> list[Row]:
+        """Rows as dataclasses, fields by column name; other columns are left out."""
+        names: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
+        return [kind(**{name: row[name] for name in names}) for row in self._select(sql, *values)]
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StateError as error:
+        if str(path) in str(error):
+            raise
+        raise StateError(f"'{path}': {error}") from error
+    except (sqlite3.Error, OSError) as error:
+        raise StateError(
+            f"'{path}': {error}; check that the disk has room, that this user may write there and "
+            "that no other server uses it; if it is damaged, restore it from a backup"
+        ) from error
+
+
+def _prepare(connection: sqlite3.Connection, read_only: bool) -> None:
+    connection.execute("PRAGMA foreign_keys = ON")
+    if read_only:
+        require_known(connection, exactly=True)
+        return
+    require_known(connection)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    migrate(connection)

@@ -1,0 +1,75 @@
+"""Backbones of the server on disk: candidates by digest, their deltas, anchors by mask.
+
+models/DIGEST.safetensors    a candidate, whole
+models/DIGEST.delta          the coded step that leads to it from its parent (its base)
+anchors/MASK.safetensors     the anchors that belong to a mask
+"""
+
+from pathlib import Path
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+
+from common import backbone, codec
+from common.anchors import Anchors
+from common.errors import StateError
+from common.files import write_atomically
+from common.messages import Array
+from common.spec import ModelSpec
+
+
+class Models:
+    """The candidates of a network."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._models = state_dir / "models"
+        self._anchors = state_dir / "anchors"
+        self._last_body: tuple[str, Array] | None = None
+
+    def path(self, digest: str) -> Path:
+        """Where the candidate lies."""
+        return self._models / f"{digest}.safetensors"
+
+    def save(self, model: VisionTransformer, spec: ModelSpec, step: Array | None = None) -> str:
+        """Keep a candidate and, when it has one, the coded step from its parent."""
+        digest = backbone.digest(model, spec)
+        if step is not None:
+            write_atomically(self._models / f"{digest}.delta", step.tobytes())
+        backbone.save_backbone(self.path(digest), model, spec)
+        return digest
+
+    def load(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
+        """A candidate; raises StateError when it is absent or damaged."""
+        model, spec = backbone.load_backbone(self.path(digest))
+        if backbone.digest(model, spec) != digest:
+            raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
+        return model, spec
+
+    def body(self, digest: str) -> Array:
+        """The candidate as bytes; all requests of a round share one read-only array."""
+        if self._last_body is None or self._last_body[0] != digest:
+            self._last_body = (digest, np.frombuffer(self.path(digest).read_bytes(), np.uint8))
+        return self._last_body[1]
+
+    def step(self, digest: str) -> Array | None:
+        """The coded step that leads to this candidate, or None after a prune event."""
+        path = self._models / f"{digest}.delta"
+        return np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else None
+
+    def step_parent(self, step: Array) -> str:
+        """The digest of the candidate that a step is added to."""
+        return codec.read_header(step).base
+
+    def save_anchors(self, mask: str, anchors: Anchors) -> None:
+        """Keep the anchors of a mask."""
+        write_atomically(self._anchors / f"{mask}.safetensors", anchors.to_bytes())
+
+    def import_anchors(self, mask: str, path: Path) -> None:
+        """Take over the anchors that pre-training left, if it had source images."""
+        if path.is_file():
+            self.save_anchors(mask, Anchors.from_bytes(path.read_bytes()))
+
+    def anchors(self, mask: str) -> Array | None:
+        """The anchors of a mask as bytes, or None when the server has no source images."""
+        path = self._anchors / f"{mask}.safetensors"
+        return np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else None

@@ -1,0 +1,119 @@
+"""The schedule of a run: which rounds score, which end with a prune event, and how far each cuts.
+
+    keep(t) = target + (1 - target) * (1 - t)^3,  t = i / E for events i = 1..E
+
+the cubic schedule of Zhu and Gupta (2017, arXiv:1710.01878): most goes first, while the backbone
+is redundant, and the last cuts are small. With R rounds and a first event after round f, events
+follow each other every s = floor((R - f) / E) rounds, so at least s rounds of recovery follow the
+last one.
+"""
+
+from common.backbone import macs
+from common.config import PlanConfig
+from common.errors import ConfigError
+from common.mask import Budget
+from common.spec import ModelSpec
+
+
+class Plan:
+    """The schedule of one run.
+
+    Args:
+        config: rounds, events and targets.
+        dense: the backbone that the targets refer to.
+
+    Raises:
+        ConfigError: too few rounds for the events, a target below what every block keeps, or
+            events that remove nothing; says what to change.
+    """
+
+    def __init__(self, config: PlanConfig, dense: ModelSpec) -> None:
+        self._config, self._dense = config, dense
+        self._budgets: dict[int, Budget] = {}
+        if not config.prunes:
+            return
+        rounds = _event_rounds(config)
+        shares = _schedule(_target(config), config.prune_events)
+        self._require_cuts(shares)
+        for number, share in zip(rounds, shares, strict=True):
+            self._budgets[number] = self._budget(share)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of alignment; they are numbered from 1."""
+        return self._config.rounds
+
+    @property
+    def events(self) -> tuple[int, ...]:
+        """The rounds that end with a prune event, ascending."""
+        return tuple(self._budgets)
+
+    def event_after(self, number: int) -> Budget | None:
+        """The budget of the prune event that ends this round; None when it ends without one."""
+        return self._budgets.get(number)
+
+    def scores_in(self, number: int) -> bool:
+        """Whether farms score their units in this round.
+
+        They do where an event follows, and in round 1 of a run that prunes: the scale of the
+        invariance is frozen there, before any alignment has hidden how far a species is.
+        """
+        return bool(self._budgets) and (number == 1 or number in self._budgets)
+
+    def _budget(self, share: float) -> Budget:
+        if self._config.prune_heads is not None:
+            return Budget(heads_kept=share)
+        return Budget(macs_kept=share, heads_per_neurons=self._config.heads_per_neurons)
+
+    def _require_cuts(self, shares: list[float]) -> None:
+        """Every event removes something, and the last leaves every block its minimum."""
+        least = self._budget(shares[-1])
+        heads, neurons = self._dense.heads, self._dense.neurons
+        floor = self._dense.with_units(
+            tuple(min(count, least.min_heads) for count in heads),
+            tuple(min(count, least.min_neurons) for count in neurons),
+        )
+        name = "prune_macs" if self._config.prune_heads is None else "prune_heads"
+        if self._config.prune_heads is None:
+            total, bottom = macs(self._dense), macs(floor)
+            cuts = [int(share * total) for share in shares]
+        else:
+            total, bottom = sum(heads), sum(floor.heads)
+            cuts = [round(share * total) for share in shares]
+        if cuts[-1] < bottom:
+            most = 1 - bottom / total
+            raise ConfigError(
+                f"plan.{name}={1 - shares[-1]:g} would leave less than one head and a few neurons "
+                f"per block; lower it to at most {int(most * 1000) / 1000:g}"
+            )
+        if any(after >= before for before, after in zip([total, *cuts], cuts, strict=False)):
+            raise ConfigError(
+                f"plan.prune_events={len(shares)} is too many for plan.{name}="
+                f"{1 - shares[-1]:g}: an event would remove nothing; lower the number of events"
+            )
+
+
+def _target(config: PlanConfig) -> float:
+    """The share that is kept in the end."""
+    removed = config.prune_macs if config.prune_heads is None else config.prune_heads
+    assert removed is not None
+    return 1 - removed
+
+
+def _event_rounds(config: PlanConfig) -> list[int]:
+    # a run without warm-up still needs one round to score in
+    first, events = max(config.warmup, 1), config.prune_events
+    step = (config.rounds - first) // events
+    if step < 1:
+        raise ConfigError(
+            f"plan.rounds={config.rounds} is too few for plan.prune_events={events} after "
+            f"plan.warmup={config.warmup}; set plan.rounds to at least {first + events}, or "
+            "lower the events or the warm-up"
+        )
+    return [first + event * step for event in range(events)]
+
+
+def _schedule(target: float, events: int) -> list[float]:
+    """Shares kept after each event, strictly decreasing; the last is ``target`` exactly."""
+    times = [event / events for event in range(1, events + 1)]
+    return [target + (1 - target) * (1 - t) ** 3 for t in times]

@@ -1,0 +1,43 @@
+"""How a figure came to be: the command, the commit and the versions that matter."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from server.story import Provenance
+
+PACKAGES = ("fieldfed", "flwr", "torch", "timm", "numpy")
+
+
+def provenance(command: str, seed: int) -> Provenance:
+    """Of a run that starts now."""
+    return Provenance(command=command, commit=_commit(), versions=_versions(), seed=seed)
+
+
+def _commit() -> str:
+    """The checkout's commit, marked when files differ from it; else the release."""
+    root = Path(__file__).parent.parent
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return f"release {version('fieldfed')}"
+    return f"{head} with uncommitted changes" if changed else head
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

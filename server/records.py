@@ -1,0 +1,195 @@
+"""What farms send, on record: replies, rejections, traffic and reports."""
+
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+
+from common.errors import RejectReason, StateError
+from common.messages import AlignReply, EvaluateReply
+from server.database import Database
+from server.rows import RejectionRow, ReplyRow, ReportRow, RoundKind, TrafficRow
+from server.spool import SpooledReply
+
+
+class Records(Database):
+    """The part of the store that fills up between the beginning and the end of a round."""
+
+    def record_sent(
+        self,
+        run: int,
+        number: int,
+        node: int,
+        attempt: int,
+        size_bytes: int,
+        kind: RoundKind = "align",
+    ) -> None:
+        """A request went out: messages and bytes down add up per farm and round."""
+        self._change(
+            "INSERT INTO traffic (run, round, kind, node, requests, attempt, bytes_down) "
+            "VALUES (?, ?, ?, ?, 1, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + 1, "
+            "attempt = excluded.attempt, bytes_down = bytes_down + excluded.bytes_down",
+            *(run, number, kind, node, attempt, size_bytes),
+        )
+
+    def record_reply(
+        self,
+        run: int,
+        number: int,
+        node: int,
+        attempt: int,
+        size_bytes: int,
+        reply: AlignReply,
+        spooled: SpooledReply,
+    ) -> bool:
+        """A valid reply that lies in the spool.
+
+        Returns:
+            False for a second reply of the same farm to the same round: its bytes are counted,
+            and the first one stands.
+
+        Raises:
+            StateError: the round is not open, or the farm is not known.
+        """
+        now = time.time()
+        metrics = (reply.accuracy, reply.f1, reply.loss, reply.dal, reply.seconds)
+        where = (str(spooled.path), spooled.digest)
+        with self._writing() as db:
+            _count_up(db, run, number, "align", node, size_bytes, now)
+            if any(row.node == node for row in self.replies(run, number)):
+                return False
+            if self._round_state(run, number) != "open":
+                raise StateError(f"round {number} of run {run} is not open; no reply can be taken")
+            db.execute(
+                "INSERT INTO replies (run, round, node, farm, attempt, examples, accuracy, f1, "
+                "loss, dal, seconds, size_bytes, path, digest, received) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(run, number, node, reply.farm, attempt, reply.examples),
+                    *(*metrics, size_bytes, *where, now),
+                ),
+            )
+        return True
+
+    def replies(self, run: int, number: int) -> list[ReplyRow]:
+        """The accepted replies of a round, by node."""
+        return self._all(
+            ReplyRow,
+            "SELECT * FROM replies WHERE run = ? AND round = ? ORDER BY node",
+            run,
+            number,
+        )
+
+    def drop_reply(self, run: int, number: int, node: int) -> None:
+        """Forget a reply of an open round whose spooled body is lost: its farm is asked again."""
+        self._change(
+            "DELETE FROM replies WHERE run = ? AND round = ? AND node = ? AND EXISTS (SELECT 1 "
+            "FROM rounds WHERE rounds.run = replies.run AND rounds.round = replies.round "
+            "AND rounds.kind = 'align' AND state = 'open')",
+            *(run, number, node),
+        )
+
+    def spooled_paths(self, run: int) -> list[Path]:
+        """Spooled bodies of rounds that are still open: what the spool must keep."""
+        found = self._select(
+            "SELECT path FROM replies JOIN rounds USING (run, round, kind) "
+            "WHERE run = ? AND state = 'open' ORDER BY round, node",
+            run,
+        )
+        return [Path(row["path"]) for row in found]
+
+    def record_rejection(
+        self, run: int, number: int, node: int | None, reason: RejectReason, detail: str
+    ) -> None:
+        """A reply was put into quarantine, or never came."""
+        self._change(
+            "INSERT INTO rejections (run, round, node, reason, detail, received) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            *(run, number, node, reason.value, detail, time.time()),
+        )
+
+    def rejections(self, run: int) -> list[RejectionRow]:
+        """Every rejection, in the order in which they happened."""
+        found = self._select("SELECT * FROM rejections WHERE run = ? ORDER BY id", run)
+        return [
+            RejectionRow(
+                row["round"],
+                row["node"],
+                RejectReason(row["reason"]),
+                row["detail"],
+                row["received"],
+            )
+            for row in found
+        ]
+
+    def rejection_counts(self, run: int) -> dict[RejectReason, int]:
+        """Rejections by reason; reasons that never occurred count 0."""
+        counts = Counter(row.reason for row in self.rejections(run))
+        return {reason: counts[reason] for reason in RejectReason}
+
+    def traffic(self, run: int) -> list[TrafficRow]:
+        """Bytes per round, kind and farm, in that order."""
+        return self._all(
+            TrafficRow,
+            "SELECT traffic.*, coalesce(farm, 'node ' || node) AS farm FROM traffic "
+            "LEFT JOIN farms USING (run, node) WHERE run = ? ORDER BY round, kind, node",
+            run,
+        )
+
+    def record_report(
+        self, run: int, label: str, node: int, size_bytes: int, reply: EvaluateReply
+    ) -> bool:
+        """A farm reported on its test part.
+
+        Returns:
+            False for a second report of the same farm under the same label: the first stands.
+
+        Raises:
+            StateError: the farm is not known.
+        """
+        now = time.time()
+        metrics = (reply.accuracy, reply.f1, reply.examples, size_bytes, reply.seconds)
+        with self._writing() as db:
+            _count_up(db, run, reply.round, "evaluate", node, size_bytes, now)
+            cursor = db.execute(
+                "INSERT INTO reports (run, label, node, round, farm, base, accuracy, f1, "
+                "examples, size_bytes, seconds, received) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (run, label, node, reply.round, reply.farm, reply.base, *metrics, now),
+            )
+            return cursor.rowcount == 1
+
+    def reports(self, run: int, label: str | None = None) -> list[ReportRow]:
+        """Reports by label and node; of one label when it is given."""
+        return self._all(
+            ReportRow,
+            "SELECT * FROM reports WHERE run = ?1 AND (?2 IS NULL OR label = ?2) "
+            "ORDER BY label, node",
+            run,
+            label,
+        )
+
+    def _round_state(self, run: int, number: int) -> str | None:
+        """State of a round of alignment; None when it was never opened."""
+        found = self._select(
+            "SELECT state FROM rounds WHERE run = ? AND round = ? AND kind = 'align'", run, number
+        )
+        return str(found[0]["state"]) if found else None
+
+
+def _count_up(
+    db: sqlite3.Connection,
+    run: int,
+    number: int,
+    kind: RoundKind,
+    node: int,
+    size_bytes: int,
+    now: float,
+) -> None:
+    """Bytes that came up, and a sign of life."""
+    db.execute(
+        "INSERT INTO traffic (run, round, kind, node, bytes_up) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET bytes_up = bytes_up + excluded.bytes_up",
+        (run, number, kind, node, size_bytes),
+    )
+    db.execute("UPDATE farms SET last_seen = ? WHERE run = ? AND node = ?", (now, run, node))

@@ -1,0 +1,65 @@
+"""Requests made to measure: each farm gets the smallest body that brings it up to date."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from common.config import ServerConfig
+from common.messages import AlignRequest, EvaluateRequest
+from server.close import Base
+from server.models import Models
+
+
+class Requests:
+    """Makes requests and remembers which backbones each farm holds."""
+
+    def __init__(self, run: int, config: ServerConfig, models: Models) -> None:
+        self._run, self._config, self._models = run, config, models
+        self._held: dict[int, set[str]] = {}
+
+    def farm_holds(self, node: int, digests: Iterable[str]) -> None:
+        """A farm said, or showed by its reply, that it holds these backbones."""
+        self._held.setdefault(node, set()).update(digests)
+
+    def farm_lost(self, node: int) -> None:
+        """A farm said that it lacks what we thought it holds: the next body is whole."""
+        self._held[node] = set()
+
+    def align(self, node: int, attempt: int, number: int, base: Base, score: bool) -> AlignRequest:
+        """One round of alignment on ``base``."""
+        return AlignRequest(
+            **self._work(node, attempt, number, base),
+            train=self._config.train,
+            anchors=self._models.anchors(base.mask.digest),
+            score=score,
+        )
+
+    def evaluate(
+        self, node: int, attempt: int, number: int, base: Base, label: str, local_rounds: int
+    ) -> EvaluateRequest:
+        """A report on ``base``, or on what the farm learns alone from it."""
+        return EvaluateRequest(
+            **self._work(node, attempt, number, base),
+            train=self._config.train,
+            label=label,
+            local_rounds=local_rounds,
+        )
+
+    def _work(self, node: int, attempt: int, number: int, base: Base) -> dict[str, Any]:
+        return {
+            "run": self._run,
+            "round": number,
+            "attempt": attempt,
+            "seed": self._config.seed,
+            "base": base.digest,
+            "mask": base.mask.digest,
+            **self._body(node, base.digest),
+        }
+
+    def _body(self, node: int, base: str) -> dict[str, Any]:
+        held = self._held.get(node, set())
+        if base in held:
+            return {"body_kind": "none"}
+        step = self._models.step(base)
+        if step is not None and (parent := self._models.step_parent(step)) in held:
+            return {"body_kind": "delta", "body_from": parent, "body": step}
+        return {"body_kind": "full", "body": self._models.body(base)}

@@ -1,0 +1,154 @@
+"""What the store yields: one frozen value per kind of row. Times are unix seconds, sizes bytes."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import RejectReason
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+RoundKind: TypeAlias = Literal["align", "evaluate"]
+RunState: TypeAlias = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run; ``tau`` is the invariance scale, frozen at the first score round."""
+
+    run: int
+    config_json: str
+    seed: int
+    base: str
+    mask: str
+    mask_json: str
+    message: str
+    state: RunState
+    detail: str
+    tau: float | None
+    started: float
+    finished: float | None
+
+
+@dataclass(frozen=True)
+class FarmRow:
+    """A farm of a run; ``held`` is the backbone it is known to hold."""
+
+    node: int
+    farm: str
+    examples: int
+    classes: int
+    held: str | None
+    last_seen: float
+    rejected: int
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A round; ``attempt`` counts how often it was opened (1: never interrupted)."""
+
+    round: int
+    kind: RoundKind
+    attempt: int
+    base: str
+    mask: str
+    quorum: int
+    deadline: float
+    state: Literal["open", "committed"]
+    started: float
+    finished: float | None
+    participants: int
+    macs_ratio: float | None
+    heads_kept_ratio: float | None
+    mean_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class ReplyRow:
+    """An accepted reply; ``path`` is the spooled body, gone once the round is committed."""
+
+    node: int
+    farm: str
+    attempt: int
+    examples: int
+    accuracy: float
+    f1: float
+    loss: float
+    dal: float
+    seconds: float
+    size_bytes: int
+    path: str
+    digest: str
+    received: float
+
+
+@dataclass(frozen=True)
+class RejectionRow:
+    """A reply in quarantine, or one that never came."""
+
+    round: int
+    node: int | None
+    reason: RejectReason
+    detail: str
+    received: float
+
+
+@dataclass(frozen=True)
+class TrafficRow:
+    """What travelled between the server and one farm in one round, seen from the farm.
+
+    ``requests`` counts messages, ``attempt`` is that of the newest.
+    """
+
+    round: int
+    kind: RoundKind
+    node: int
+    farm: str
+    requests: int
+    attempt: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Test accuracy of one farm on ``base`` with a refitted classifier."""
+
+    label: str
+    node: int
+    round: int
+    farm: str
+    base: str
+    accuracy: float
+    f1: float
+    examples: int
+    size_bytes: int
+    seconds: float
+    received: float
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """What a round ended with: a backbone, the one it came from, and what it costs."""
+
+    digest: str
+    parent: str
+    mask: str
+    spec_json: str
+    macs: int
+    params: int
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRow:
+    """Scores of one farm, or of the consensus (``farm`` None), over the units of ``mask``.
+
+    ``heads`` is fp32 (sum of heads,), ``neurons`` fp32 (sum of neurons,) where they were kept.
+    """
+
+    farm: str | None
+    mask: str
+    heads: Floats
+    neurons: Floats | None = None

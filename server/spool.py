@@ -1,0 +1,209 @@
+"""Valid replies on disk until their round commits, so that memory stays bounded.
+
+    RUN/ROUND/DIGEST.safetensors    one reply: the coded update and, in score rounds, the scores
+
+The name is the sha256 of the contents: a damaged file is found before it is used. The update is
+read slice by slice straight from its place in the file; nothing ever loads it whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from common.errors import StateError
+from common.files import write_atomically
+from common.messages import AlignReply, Array
+
+_MAX_HEADER_BYTES = 1 << 20
+_SUFFIX = ".safetensors"
+_SCORES = ("head_importance", "head_mmd2", "neuron_importance")
+
+
+@dataclass(frozen=True)
+class SpooledReply:
+    """Where a reply lies, and the sha256 of the file."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyScores:
+    """Scores as a farm sent them, flat over blocks.
+
+    ``head_importance`` and ``head_mmd2`` are fp32 (sum of heads,), ``neuron_importance`` is
+    uint8 (sum of neurons,).
+    """
+
+    head_importance: npt.NDArray[np.float32]
+    head_mmd2: npt.NDArray[np.float32]
+    neuron_importance: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Place:
+    dtype: str
+    offset: int
+    length: int
+
+
+class ReplyReader:
+    """An open reply; ``read`` yields bytes of the coded update, ``scores`` the small arrays."""
+
+    def __init__(self, path: Path, node: int, descriptor: int, places: dict[str, _Place]) -> None:
+        self.path, self.node = path, node
+        self._descriptor, self._places = descriptor, places
+
+    @property
+    def update_bytes(self) -> int:
+        """Length of the coded update."""
+        return self._places["update"].length
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the coded update from ``offset``; fewer at its end."""
+        return self._bytes("update", offset, length)
+
+    def scores(self) -> ReplyScores:
+        """The scores; raises StateError when the reply came without."""
+        missing = [name for name in _SCORES if name not in self._places]
+        if missing:
+            raise StateError(f"'{self.path}' holds no {missing[0]}: it is not of a score round")
+        arrays = {name: self._array(name) for name in _SCORES}
+        return ReplyScores(**arrays)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _array(self, name: str) -> Array:
+        place = self._places[name]
+        dtype = np.dtype("<f4") if place.dtype == "F32" else np.dtype(np.uint8)
+        values = np.frombuffer(self._bytes(name, 0, place.length), dtype)
+        return values.astype(dtype.newbyteorder("="))
+
+    def _bytes(self, name: str, offset: int, length: int) -> bytes:
+        place = self._places[name]
+        length = max(0, min(length, place.length - offset))
+        try:
+            return os.pread(self._descriptor, length, place.offset + offset)
+        except OSError as error:
+            raise StateError(f"'{self.path}' cannot be read: {error.strerror}") from error
+
+
+class Spool:
+    """The folder of spooled replies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, run: int, number: int, node: int, reply: AlignReply) -> SpooledReply:
+        """Write a reply; the same reply again is the same file.
+
+        Raises:
+            StateError: the disk is full or cannot be written.
+        """
+        arrays: dict[str, Array] = {"update": reply.update}
+        for name in _SCORES:
+            values = getattr(reply, name)
+            if values is not None:
+                arrays[name] = values
+        # one key: safetensors writes several metadata keys in no particular order
+        about = json.dumps({"run": run, "round": number, "node": node, "farm": reply.farm})
+        data = save(arrays, metadata={"reply": about})
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._round(run, number) / f"{digest}{_SUFFIX}"
+        write_atomically(path, data)
+        return SpooledReply(path, digest)
+
+    def open(self, path: Path) -> ReplyReader:
+        """Open a reply whose contents agree with its name; close it after use.
+
+        Raises:
+            StateError: the file is missing or damaged; names it.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StateError(f"spooled reply '{path}' cannot be read: {error.strerror}") from error
+        try:
+            node, places = _checked(path, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return ReplyReader(path, node, descriptor, places)
+
+    def discard_round(self, run: int, number: int) -> None:
+        """Remove the replies of a round; call it once the round is committed."""
+        shutil.rmtree(self._round(run, number), ignore_errors=True)
+        with contextlib.suppress(OSError):  # other rounds may be there
+            (self._folder / str(run)).rmdir()
+
+    def sweep(self, known: Iterable[Path]) -> int:
+        """Remove whatever is not known: replies without a record, files half written.
+
+        Call it at start, before anything is put. Returns how many files were removed.
+        """
+        keep = {path.resolve() for path in known}
+        orphans = [
+            path
+            for path in self._folder.rglob("*")
+            if path.is_file() and path.resolve() not in keep
+        ]
+        for path in orphans:
+            path.unlink(missing_ok=True)
+        for folder in sorted(self._folder.glob("*/*"), reverse=True) + list(self._folder.glob("*")):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        return len(orphans)
+
+    def _round(self, run: int, number: int) -> Path:
+        return self._folder / str(run) / str(number)
+
+
+def _checked(path: Path, descriptor: int) -> tuple[int, dict[str, _Place]]:
+    """Node and places of the tensors of an undamaged file."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if f"{digest}{_SUFFIX}" != path.name:
+        raise StateError(
+            f"spooled reply '{path}' is damaged: its contents do not match its name; "
+            "check the disk; the farm has to send this reply again"
+        )
+    try:
+        return _places(descriptor)
+    except (KeyError, ValueError, TypeError) as error:
+        raise StateError(f"'{path}' is not a spooled reply: {error}") from error
+
+
+def _places(descriptor: int) -> tuple[int, dict[str, _Place]]:
+    """Parse the safetensors header: 8 bytes of length, then JSON; offsets count from its end."""
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    header: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
+    node = int(json.loads(header.pop("__metadata__")["reply"])["node"])
+    places = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        places[name] = _Place(entry["dtype"], 8 + length + begin, end - begin)
+    if "update" not in places:
+        raise ValueError("it holds no update")
+    return node, places

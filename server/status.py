@@ -1,0 +1,136 @@
+"""What an operator sees while a run goes on: one snapshot of the store, as JSON or as tables."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import StateError
+from common.mask import Mask
+from server.rows import RunRow
+from server.store import Store
+from server.story import percent, size_text
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """The last run as plain values.
+
+    Raises:
+        StateError: there is no run yet, or the store cannot be read.
+    """
+    path = folder / "fieldfed.db"
+    if not path.is_file():
+        raise StateError(
+            f"no run in '{folder}' yet; start one with: fieldfed-server train {folder}"
+        )
+    store = Store.open(path, read_only=True)
+    try:
+        run = store.latest_run()
+        if run is None:
+            raise StateError(f"no run in '{folder}' yet; start one with: fieldfed-server train")
+        return _run(store, run)
+    finally:
+        store.close()
+
+
+def _run(store: Store, run: RunRow) -> dict[str, Any]:
+    mask_json = run.mask_json
+    last = store.last_committed(run.run)
+    if last is not None:
+        mask_json = store.mask(last[1].mask)
+    mask = Mask.from_json(mask_json)
+    rejected = {str(reason): count for reason, count in store.rejection_counts(run.run).items()}
+    return {
+        "run": run.run,
+        "label": run.message,
+        "state": run.state,
+        "detail": run.detail,
+        "rounds": _rounds(store, run.run),
+        "farms": _farms(store, run.run),
+        "rejected": {reason: count for reason, count in rejected.items() if count},
+        "mask": {
+            "heads_kept_ratio": mask.heads_kept_ratio,
+            "neurons_kept_ratio": mask.neurons_kept_ratio,
+            "text": mask.describe(),
+        },
+    }
+
+
+def _rounds(store: Store, run: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": row.round,
+            "state": row.state,
+            "replies": len(store.replies(run, row.round)),
+            "quorum": row.quorum,
+            "mean_accuracy": row.mean_accuracy,
+            "macs_ratio": row.macs_ratio,
+            "heads_kept_ratio": row.heads_kept_ratio,
+            "seconds": None if row.finished is None else row.finished - row.started,
+        }
+        for row in store.rounds(run)
+        if row.kind == "align"
+    ]
+
+
+def _farms(store: Store, run: int) -> list[dict[str, Any]]:
+    traffic = store.traffic(run)
+    reports: dict[int, dict[str, float]] = {}
+    for report in store.reports(run):
+        reports.setdefault(report.node, {})[report.label] = report.accuracy
+    return [
+        {
+            "farm": row.farm,
+            "images": row.examples,
+            "classes": row.classes,
+            "reports": reports.get(row.node, {}),
+            "bytes_up": sum(line.bytes_up for line in traffic if line.node == row.node),
+            "bytes_down": sum(line.bytes_down for line in traffic if line.node == row.node),
+            "rejected": row.rejected,
+        }
+        for row in store.farms(run)
+    ]
+
+
+def show(values: dict[str, Any]) -> Group:
+    """The snapshot for ``rich.console.Console.print``."""
+    head = f"run {values['run']} '{values['label']}': {values['state']}"
+    parts: list[RenderableType] = [Text(f"{head}  {values['detail']}".rstrip(), "bold")]
+    rounds = _table("rounds", "round", "state", "replies", "accuracy", "MACs", "heads", "seconds")
+    for row in values["rounds"]:
+        rounds.add_row(
+            str(row["round"]),
+            row["state"],
+            f"{row['replies']} (quorum {row['quorum']})",
+            percent(row["mean_accuracy"]),
+            percent(row["macs_ratio"], 0),
+            percent(row["heads_kept_ratio"], 0),
+            "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
+        )
+    farms = _table("farms", "farm", "images", "classes", "test accuracy", "up", "down", "rejected")
+    for row in values["farms"]:
+        reports = ", ".join(f"{label} {value:.3f}" for label, value in row["reports"].items())
+        farms.add_row(
+            row["farm"],
+            str(row["images"]),
+            str(row["classes"]),
+            reports or "-",
+            size_text(row["bytes_up"]),
+            size_text(row["bytes_down"]),
+            str(row["rejected"]),
+        )
+    parts += [rounds, farms, Text("mask", "bold"), Text(values["mask"]["text"])]
+    if values["rejected"]:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in values["rejected"].items())
+        parts.append(Text(f"rejected replies: {reasons}"))
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

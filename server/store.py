@@ -1,0 +1,281 @@
+"""The truth about every run, on disk: SQLite in WAL mode, fsynced at each commit.
+
+A run writes itself down before it acts: the round before its requests, a reply before it counts,
+and the end of a round (aggregate, consensus, mask, candidate) in ONE transaction. Killed at any
+instant, the server finds each of these wholly there or not at all, and goes on behind the last
+committed round. Other processes (status, page) open the file read-only while the run writes.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from common.errors import StateError
+from server.records import Records
+from server.rows import (
+    CandidateRow,
+    FarmRow,
+    Floats,
+    RejectionRow,
+    ReplyRow,
+    ReportRow,
+    RoundKind,
+    RoundRow,
+    RunRow,
+    ScoreRow,
+    TrafficRow,
+)
+
+__all__ = [
+    "CandidateRow",
+    "FarmRow",
+    "RejectionRow",
+    "ReplyRow",
+    "ReportRow",
+    "RoundRow",
+    "RunRow",
+    "ScoreRow",
+    "Store",
+    "TrafficRow",
+]
+
+_RUNS = (
+    "SELECT runs.*, masks.json AS mask_json FROM runs JOIN masks ON mask = digest "
+    "WHERE ?1 IS NULL OR run = ?1 ORDER BY run"
+)
+
+
+class Store(Records):
+    """Runs, farms, rounds and what rounds end with; see ``Records`` and ``Database``."""
+
+    # --- runs ------------------------------------------------------------------------------
+
+    def start_run(
+        self, config_json: str, seed: int, base: str, mask_json: str, message: str = ""
+    ) -> int:
+        """A new run on backbone ``base`` with its mask; a run left unfinished is stopped."""
+        mask = _mask_digest(mask_json)
+        now = time.time()
+        with self._writing() as db:
+            db.execute(
+                "UPDATE runs SET state = 'stopped', finished = ?, detail = 'another run was "
+                "started' WHERE state = 'running'",
+                (now,),
+            )
+            db.execute("INSERT OR IGNORE INTO masks VALUES (?, ?)", (mask, mask_json))
+            cursor = db.execute(
+                "INSERT INTO runs (config_json, seed, base, mask, message, started) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (config_json, seed, base, mask, message, now),
+            )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def finish_run(
+        self, run: int, state: Literal["done", "stopped", "failed"], detail: str = ""
+    ) -> None:
+        """The run is over."""
+        self._change(
+            "UPDATE runs SET state = ?, detail = ?, finished = ? WHERE run = ?",
+            *(state, detail, time.time(), run),
+        )
+
+    def run(self, run: int) -> RunRow:
+        """One run; raises StateError when there is none of that number."""
+        found = self._all(RunRow, _RUNS, run)
+        if not found:
+            raise StateError(f"'{self._path}' knows no run {run}")
+        return found[0]
+
+    def latest_run(self) -> RunRow | None:
+        """The newest run."""
+        runs = self.runs()
+        return runs[-1] if runs else None
+
+    def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
+        return self._all(RunRow, _RUNS, None)
+
+    def tau(self, run: int) -> float | None:
+        """The frozen invariance scale; None before the first score round."""
+        return self.run(run).tau
+
+    def freeze_tau(self, run: int, tau: float) -> None:
+        """Keep the invariance scale; once frozen, it stays."""
+        self._change("UPDATE runs SET tau = ? WHERE run = ? AND tau IS NULL", tau, run)
+
+    # --- farms -----------------------------------------------------------------------------
+
+    def upsert_farm(self, run: int, node: int, farm: str, examples: int, classes: int) -> None:
+        """A farm introduced itself, perhaps again."""
+        self._change(
+            "INSERT INTO farms (run, node, farm, examples, classes, last_seen) "
+            "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET farm = excluded.farm, "
+            "examples = excluded.examples, classes = excluded.classes, "
+            "last_seen = excluded.last_seen",
+            *(run, node, farm, examples, classes, time.time()),
+        )
+
+    def set_held(self, run: int, node: int, digest: str | None) -> None:
+        """The backbone that a farm holds now, as far as it is known."""
+        self._change("UPDATE farms SET held = ? WHERE run = ? AND node = ?", digest, run, node)
+
+    def farms(self, run: int) -> list[FarmRow]:
+        """The farms of a run, by node."""
+        return self._all(
+            FarmRow,
+            "SELECT *, (SELECT COUNT(*) FROM rejections AS bad WHERE bad.run = farms.run "
+            "AND bad.node = farms.node) AS rejected FROM farms WHERE run = ? ORDER BY node",
+            run,
+        )
+
+    # --- rounds ----------------------------------------------------------------------------
+
+    def open_round(
+        self,
+        run: int,
+        number: int,
+        *,
+        kind: RoundKind,
+        base: str,
+        mask: str,
+        quorum: int,
+        deadline: float,
+    ) -> None:
+        """Write a round down before its requests are sent; open again after a crash.
+
+        Raises:
+            StateError: a round of alignment that is already committed.
+        """
+        with self._writing() as db:
+            if kind == "align" and self._round_state(run, number) == "committed":
+                raise StateError(f"round {number} of run {run} is committed; it cannot be reopened")
+            db.execute(
+                "INSERT INTO rounds (run, round, kind, base, mask, quorum, deadline, started) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET base = excluded.base, "
+                "mask = excluded.mask, quorum = excluded.quorum, deadline = excluded.deadline, "
+                "attempt = attempt + 1, state = 'open', finished = NULL",
+                (run, number, kind, base, mask, quorum, deadline, time.time()),
+            )
+
+    def close_evaluation(self, run: int, number: int) -> None:
+        """A round of reports is over; there is nothing to commit."""
+        self._change(
+            "UPDATE rounds SET state = 'committed', finished = ? "
+            "WHERE run = ? AND round = ? AND kind = 'evaluate'",
+            *(time.time(), run, number),
+        )
+
+    def rounds(self, run: int) -> list[RoundRow]:
+        """All rounds, in order; at the same number, alignment before evaluation."""
+        return self._all(RoundRow, "SELECT * FROM rounds WHERE run = ? ORDER BY round, kind", run)
+
+    def commit_round(
+        self,
+        run: int,
+        number: int,
+        *,
+        candidate: CandidateRow,
+        mask_json: str | None = None,
+        scores: Sequence[ScoreRow] = (),
+        macs_ratio: float,
+        heads_kept_ratio: float,
+        mean_accuracy: float,
+    ) -> None:
+        """Everything a round of alignment ends with, in one transaction.
+
+        Args:
+            run: of the round.
+            number: of the round in its run.
+            candidate: the next training base.
+            mask_json: the mask of the candidate as canonical JSON, when it is a new one.
+            scores: of the farms and of the consensus, in a score round.
+            macs_ratio: MACs of the candidate over those of the dense backbone.
+            heads_kept_ratio: the same for heads.
+            mean_accuracy: of the round's base on the farms' decide parts, mean over farms.
+
+        Raises:
+            StateError: the round is not open, or the candidate's mask is not known.
+        """
+        with self._writing() as db:
+            if self._round_state(run, number) != "open":
+                raise StateError(f"round {number} of run {run} is not open; it cannot be committed")
+            if mask_json is not None:
+                values = (_mask_digest(mask_json), mask_json)
+                db.execute("INSERT OR IGNORE INTO masks VALUES (?, ?)", values)
+            db.execute(
+                "UPDATE rounds SET state = 'committed', finished = ?, macs_ratio = ?, "
+                "heads_kept_ratio = ?, mean_accuracy = ?, participants = (SELECT COUNT(*) FROM "
+                "replies WHERE replies.run = rounds.run AND replies.round = rounds.round) "
+                "WHERE run = ? AND round = ? AND kind = 'align'",
+                (time.time(), macs_ratio, heads_kept_ratio, mean_accuracy, run, number),
+            )
+            db.execute(
+                "INSERT INTO candidates (run, round, digest, parent, mask, spec_json, macs, "
+                "params, path) VALUES (:run, :round, :digest, :parent, :mask, :spec_json, :macs, "
+                ":params, :path)",
+                {"run": run, "round": number, **vars(candidate)},
+            )
+            db.executemany(
+                "INSERT INTO scores (run, round, farm, mask, heads, neurons) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (run, number, row.farm, row.mask, _blob(row.heads), _blob(row.neurons))
+                    for row in scores
+                ],
+            )
+
+    def last_committed(self, run: int) -> tuple[int, CandidateRow] | None:
+        """Number and candidate of the last committed round of alignment."""
+        found = self.candidates(run)
+        return max(found.items(), key=lambda item: item[0]) if found else None
+
+    def latest_candidate(self, run: int) -> CandidateRow | None:
+        """The newest candidate; None before the first round is committed."""
+        last = self.last_committed(run)
+        return None if last is None else last[1]
+
+    def candidates(self, run: int) -> dict[int, CandidateRow]:
+        """Candidates by round, in order."""
+        found = self._select("SELECT * FROM candidates WHERE run = ? ORDER BY round", run)
+        names = CandidateRow.__dataclass_fields__
+        return {row["round"]: CandidateRow(**{name: row[name] for name in names}) for row in found}
+
+    # --- scores and masks ------------------------------------------------------------------
+
+    def scores(self, run: int) -> dict[int, list[ScoreRow]]:
+        """Scores by score round, oldest first; in a round in the order of the commit."""
+        rounds: dict[int, list[ScoreRow]] = {}
+        for row in self._select("SELECT * FROM scores WHERE run = ? ORDER BY round, id", run):
+            neurons = None if row["neurons"] is None else _floats(row["neurons"])
+            scores = ScoreRow(row["farm"], row["mask"], _floats(row["heads"]), neurons)
+            rounds.setdefault(row["round"], []).append(scores)
+        return rounds
+
+    def mask(self, digest: str) -> str:
+        """The mask of that digest as JSON; raises StateError when it is not known."""
+        found = self._select("SELECT json FROM masks WHERE digest = ?", digest)
+        if not found:
+            raise StateError(f"'{self._path}' knows no mask {digest[:12]}")
+        return str(found[0]["json"])
+
+    def masks(self, run: int) -> dict[str, str]:
+        """The masks of a run as JSON by digest, oldest first."""
+        digests = [self.run(run).mask] + [row.mask for row in self.candidates(run).values()]
+        return {digest: self.mask(digest) for digest in dict.fromkeys(digests)}
+
+
+def _mask_digest(mask_json: str) -> str:
+    """What ``Mask.digest`` is: sha256 of its canonical JSON; status needs no torch for it."""
+    return hashlib.sha256(mask_json.encode()).hexdigest()
+
+
+def _blob(values: Floats | None) -> bytes | None:
+    return None if values is None else values.astype("<f4").tobytes()
+
+
+def _floats(blob: bytes) -> Floats:
+    return np.frombuffer(blob, "<f4").astype(np.float32)

@@ -1,0 +1,103 @@
+"""A small network for tests: drawn images, a tiny vision transformer, farms in the lab."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.config import (
+    BackboneConfig,
+    FarmConfig,
+    FarmSection,
+    NetworkConfig,
+    PlanConfig,
+    RoundConfig,
+    ServerConfig,
+    TrainConfig,
+)
+from server.pretrain import pretrain
+from server.rounds import RunSettings, run_rounds
+from server.store import Store
+from tests.lab.link import Fault, LabClock, LabLink
+
+TINY = {"depth": 3, "embed_dim": 48, "num_heads": 4, "patch_size": 8}
+SIDE = 32
+
+
+def draw_folder(root: Path, classes: int, per_class: int, seed: int) -> Path:
+    """Images of stripes whose angle is the class; the seed shifts colours (another species)."""
+    rng = np.random.default_rng(seed)
+    tint = rng.uniform(0.3, 1.0, 3)
+    y, x = np.mgrid[0 : SIDE + 4, 0 : SIDE + 4] / (SIDE + 4)
+    for part, share in (("train", 1.0), ("test", 0.6)):
+        for label in range(classes):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            angle = np.pi * label / classes
+            for number in range(int(per_class * share)):
+                phase, turn = rng.uniform(0, 7), rng.normal(0, 0.15)
+                wave = np.sin(20 * (x * np.cos(angle + turn) + y * np.sin(angle + turn)) + phase)
+                picture = (wave[..., None] * 0.4 + 0.5) * tint + rng.normal(0, 0.15, (*x.shape, 3))
+                pixels = (picture.clip(0, 1) * 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return root
+
+
+def farms(root: Path, count: int = 3, per_class: int = 15) -> list[tuple[FarmConfig, Path]]:
+    """Farms with their own drawn species and label sets, and their state folders."""
+    made = []
+    for number in range(count):
+        name = f"farm{number}"
+        data = draw_folder(root / "data" / name, 2 + number % 3, per_class, 100 + number)
+        section = FarmSection(name=name, data=data, threads=1, precision="fp32")
+        made.append((FarmConfig(farm=section), root / "state" / name))
+    return made
+
+
+def server_config(root: Path, **plan: Any) -> ServerConfig:
+    """Settings of a server for these farms, with a source species of its own."""
+    source = root / "data" / "source"
+    if not source.exists():
+        draw_folder(source, 3, 16, 7)
+    return ServerConfig(
+        seed=3,
+        server=NetworkConfig(name="lab"),
+        backbone=BackboneConfig(
+            name="vit_tiny_patch16_224",
+            image_size=SIDE,
+            options=TINY,
+            source=source,
+            epochs=2,
+            anchor_images=32,
+        ),
+        plan=PlanConfig(**({"rounds": 2, "warmup": 0, "prune_events": 1} | plan)),
+        train=TrainConfig(epochs=1, batch_size=16),
+    )
+
+
+class Lab:
+    """A network in a folder: pre-trained once, then run as often as a test likes."""
+
+    def __init__(self, root: Path, count: int = 3, **plan: Any) -> None:
+        self.root, self.server_dir = root, root / "server"
+        self.farms = farms(root, count)
+        rules = RoundConfig(deadline_seconds=60, grace_seconds=0, min_farms=count)
+        self.config = server_config(root, **plan).model_copy(update={"rounds": rules})
+        pretrain(self.config, self.server_dir)
+
+    def run(
+        self, order: int = 0, fault: Fault | None = None, label: str = "model", **changes: Any
+    ) -> LabLink:
+        """One run to its end; returns the link with the requests it carried."""
+        config = self.config.model_copy(update=changes)
+        settings = RunSettings(config=config, label=label)
+        path = self.root / "run.json"
+        path.write_text(settings.model_dump_json())
+        link = LabLink(self.farms, order, fault)
+        run_rounds(link, self.server_dir, path, LabClock())
+        return link
+
+    def store(self) -> Store:
+        """The server's store, read-only."""
+        return Store.open(self.server_dir / "fieldfed.db", read_only=True)

@@ -1,0 +1,233 @@
+"""The round loop with real farm code in the lab: results, quarantine, determinism, resumption."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import codec
+from common.errors import LaunchError, RejectReason, StateError
+from common.mask import Mask
+from common.messages import (
+    AlignReply,
+    AlignRequest,
+    EvaluateRequest,
+    HelloRequest,
+    Refusal,
+    Reply,
+    Request,
+)
+from server.status import snapshot
+from tests.lab.network import Lab
+
+PRUNE: dict[str, Any] = {"prune_heads": 0.4}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A network of three farms after one run of two rounds with a prune event."""
+    lab = Lab(tmp_path_factory.mktemp("lab"), **PRUNE)
+    lab.run()
+    return lab
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run must repeat exactly."""
+
+    reports: dict[tuple[str, str], float]
+    candidates: list[str]
+    masks: list[str]
+
+
+def outcome(lab: Lab) -> Outcome:
+    store = lab.store()
+    try:
+        run = store.latest_run()
+        assert run is not None
+        assert run.state == "done"
+        return Outcome(
+            {(row.label, row.farm): row.accuracy for row in store.reports(run.run)},
+            [row.digest for row in store.candidates(run.run).values()],
+            list(store.masks(run.run)),
+        )
+    finally:
+        store.close()
+
+
+def test_a_run_ends_with_reports_of_every_farm_and_a_smaller_model(finished: Lab) -> None:
+    result = outcome(finished)
+    assert {farm for label, farm in result.reports if label == "model"} == {
+        "farm0",
+        "farm1",
+        "farm2",
+    }
+    store = finished.store()
+    mask = Mask.from_json(store.mask(result.masks[-1]))
+    store.close()
+    assert sum(map(len, mask.heads)) == round(0.6 * 12)
+    assert all(mask.heads)
+
+
+def test_a_farm_is_sent_the_backbone_once_and_then_only_steps(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=3)
+    kinds = [
+        (request.round, request.body_kind)
+        for node, request in lab.run().requests
+        if node == 1 and isinstance(request, AlignRequest | EvaluateRequest)
+    ]
+    assert kinds == [(0, "full"), (1, "none"), (2, "delta"), (3, "delta"), (3, "delta")]
+
+
+def test_the_same_seed_gives_the_same_masks_and_accuracies_in_any_order_of_arrival(
+    finished: Lab, tmp_path: Path
+) -> None:
+    again = Lab(tmp_path, **PRUNE)
+    again.run(order=99)
+    assert outcome(again) == outcome(finished)
+
+
+def test_status_shows_rounds_farms_accuracy_and_mask(finished: Lab) -> None:
+    values = snapshot(finished.server_dir)
+    assert values["state"] == "done"
+    assert [row["state"] for row in values["rounds"]] == ["committed", "committed"]
+    assert [row["farm"] for row in values["farms"]] == ["farm0", "farm1", "farm2"]
+    assert all(0 <= row["reports"]["model"] <= 1 for row in values["farms"])
+    assert "block" in values["mask"]["text"]
+    json.dumps(values)
+
+
+def _nan(reply: AlignReply) -> Reply:
+    update = reply.update.copy()
+    update[-64:] = 255  # the last fp32 numbers become NaN
+    return reply.model_copy(update={"update": update})
+
+
+def _short(reply: AlignReply) -> Reply:
+    header = codec.read_header(reply.update)
+    values = codec.decode(reply.update, base=reply.base, count=header.count)[:-2]
+    return reply.model_copy(update={"update": codec.encode(values, reply.base, bits=32)})
+
+
+def _cut_off(reply: AlignReply) -> Reply:
+    return reply.model_copy(update={"update": reply.update[:-8].copy()})
+
+
+def _nan_scores(reply: AlignReply) -> Reply:
+    assert reply.head_importance is not None
+    broken = np.full_like(reply.head_importance, np.nan)
+    return reply.model_copy(update={"head_importance": broken})
+
+
+BAD: dict[str, tuple[Callable[[AlignReply], Reply], RejectReason]] = {
+    "nan": (_nan, RejectReason.NOT_FINITE),
+    "nan scores": (_nan_scores, RejectReason.NOT_FINITE),
+    "wrong shape": (_short, RejectReason.SHAPE),
+    "cut off": (_cut_off, RejectReason.MALFORMED),
+    "foreign mask": (lambda r: r.model_copy(update={"mask": "0" * 64}), RejectReason.FOREIGN_MASK),
+    "foreign base": (lambda r: r.model_copy(update={"base": "0" * 64}), RejectReason.FOREIGN_BASE),
+    "older round": (lambda r: r.model_copy(update={"round": 0}), RejectReason.STALE),
+    "protocol": (lambda _r: Refusal(reason="protocol", detail="2"), RejectReason.PROTOCOL),
+    "data": (lambda _r: Refusal(reason="data", detail="empty"), RejectReason.REFUSED),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_is_quarantined_counted_and_the_round_goes_on(
+    name: str, tmp_path: Path
+) -> None:
+    change, reason = BAD[name]
+    lab = Lab(tmp_path, **PRUNE)
+    train = lab.config.train.model_copy(update={"update_bits": 32})
+
+    def fault(node: int, _request: Request, reply: Reply) -> Reply | None:
+        if node == 2 and isinstance(reply, AlignReply) and reply.round == 1:
+            return change(reply)
+        return None
+
+    lab.run(fault=fault, train=train)
+    store = lab.store()
+    assert store.rejection_counts(1)[reason] == 1
+    assert [row.node for row in store.replies(1, 1)] == [1, 3]
+    store.close()
+    assert snapshot(lab.server_dir)["rejected"] == {str(reason): 1}
+
+
+def test_a_lost_reply_is_asked_for_again_and_answered_from_disk(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=1)
+    seconds: list[float] = []
+
+    def fault(node: int, request: Request, reply: Reply) -> str | None:
+        if node == 1 and isinstance(reply, AlignReply):
+            seconds.append(reply.seconds)
+            return "lost on the way" if len(seconds) == 1 else None
+        return None
+
+    lab.run(fault=fault)
+    assert len(seconds) == 2
+    assert seconds[0] == seconds[1], "the farm trained again instead of answering from disk"
+    store = lab.store()
+    assert store.rejection_counts(1)[RejectReason.LOST] == 1
+    assert len(store.replies(1, 1)) == 3
+    store.close()
+
+
+def test_a_farm_that_lost_its_state_gets_the_whole_backbone_again(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=2)
+
+    def fault(node: int, request: Request, reply: Reply) -> None:
+        if node == 1 and isinstance(request, AlignRequest) and request.round == 1:
+            for path in (lab.farms[0][1] / "backbones").iterdir():
+                path.unlink()
+
+    kinds = [
+        (request.round, request.body_kind)
+        for node, request in lab.run(fault=fault).requests
+        if node == 1 and isinstance(request, AlignRequest)
+    ]
+    assert kinds == [(1, "none"), (2, "delta"), (2, "full")]
+
+
+def test_a_run_that_was_cut_continues_after_the_last_committed_round(tmp_path: Path) -> None:
+    whole = Lab(tmp_path / "whole", rounds=3)
+    whole.run()
+    cut = Lab(tmp_path / "cut", rounds=3)
+
+    def power_cut(_node: int, request: Request, _reply: Reply) -> None:
+        if isinstance(request, AlignRequest) and request.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(fault=power_cut)
+    link = cut.run()
+    rounds = {request.round for _, request in link.requests if isinstance(request, AlignRequest)}
+    assert rounds == {2, 3}
+    assert outcome(cut) == outcome(whole)
+
+
+def test_no_farm_at_all_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.farms = []
+    with pytest.raises(StateError, match="start the farms"):
+        lab.run()
+    assert snapshot(lab.server_dir)["state"] == "failed"
+
+
+def test_a_stopped_link_ends_the_run_and_leaves_the_store_intact(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=2)
+
+    def stop(_node: int, request: Request, _reply: Reply) -> None:
+        if not isinstance(request, HelloRequest) and request.round == 2:
+            raise LaunchError("the run was stopped")
+
+    with pytest.raises(LaunchError):
+        lab.run(fault=stop)
+    store = lab.store()
+    last = store.last_committed(1)
+    store.close()
+    assert last is not None
+    assert last[0] == 1
