@@ -1,0 +1,96 @@
+"""A Flower ClientApp for tests: answers through client.app, with a farm that needs no images.
+
+Asked to align with seed 1 it adds a classifier to its reply, with seed 2 it sends a JPEG as its
+update, with seed 99 it is at work for a long time.
+"""
+
+import struct
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+import client.app
+from common.config import FarmConfig
+from common.messages import (
+    AlignReply,
+    AlignRequest,
+    EvaluateReply,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+)
+from common.wire import from_record
+
+JPEG = bytes.fromhex("ffd8ffe000104a4649460001") + bytes(range(256)) * 40
+BLOCKS, BLOCK = 1600, 256
+
+app = ClientApp()
+
+
+class Farm:
+    """Takes the place of client.farm.Farm."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @classmethod
+    def open(cls, config: FarmConfig, _state_dir: Path) -> "Farm":
+        """A farm with nothing but its name."""
+        return cls(config.farm.name)
+
+    def handle(
+        self, request: HelloRequest | AlignRequest | EvaluateRequest
+    ) -> HelloReply | AlignReply | EvaluateReply:
+        """An answer of the right form."""
+        if isinstance(request, HelloRequest):
+            return HelloReply(farm=self.name, examples=10, classes=3)
+        identity: dict[str, Any] = request.model_dump(
+            include={"run", "round", "attempt", "base", "mask"}
+        )
+        judged: dict[str, Any] = {"examples": 10, "accuracy": 0.5, "f1": 0.4, "seconds": 0.1}
+        shared = {"farm": self.name, **identity, **judged}
+        if isinstance(request, EvaluateRequest):
+            return EvaluateReply(label=request.label, **shared)
+        if request.seed == 99:
+            time.sleep(120)
+        update = JPEG if request.seed == 2 else self.update(request.base)
+        return AlignReply(
+            loss=1.0,
+            dal=0.1,
+            update=np.frombuffer(update, np.uint8),
+            head_importance=np.ones(12, np.float32),
+            **shared,
+        )
+
+    def update(self, base: str) -> bytes:
+        """A coded update put together by hand, because common.codec would import torch."""
+        count = BLOCKS * BLOCK
+        header = struct.pack("<4sHBBIQ32s", b"FFUP", 1, 8, 0, BLOCK, count, bytes.fromhex(base))
+        numbers = np.random.default_rng(len(self.name)).integers(-127, 128, count, np.int8)
+        return header + np.ones(BLOCKS, "<f4").tobytes() + numbers.tobytes()
+
+
+sys.modules["client.farm"] = types.ModuleType("client.farm")
+sys.modules["client.farm"].Farm = Farm  # type: ignore[attr-defined]
+
+
+@app.query("hello")
+@app.train("align")
+@app.evaluate("report")
+def answer(message: Message, context: Context) -> Message:
+    """Answer as a farm does, or leak."""
+    reply = client.app.answer(message, context)
+    if message.metadata.message_type != "train.align":
+        return reply
+    request = from_record(message.content)
+    if isinstance(request, AlignRequest) and request.seed == 1:
+        arrays = reply.content["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        arrays["classifier.weight"] = Array(np.ones((3, 384), np.float32))
+    return reply
