@@ -88,7 +88,7 @@ def supernode(config: FarmConfig, config_path: Path, state_dir: Path) -> Child:
 
 
 def _environment(config: FarmConfig, state_dir: Path) -> dict[str, str]:
-    env = flower_environment(state_dir)
+    env = flower_environment(state_dir, poll_seconds=1.0)
     if config.farm.threads:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(config.farm.threads)
     return env

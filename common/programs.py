@@ -18,8 +18,11 @@ CHUNK_BYTES = 262_144
 """Flower's chunk of an array: 5 MiB ones do not pass a 160 kbit/s uplink before it gives up."""
 
 
-def flower_environment(state_dir: Path) -> dict[str, str]:
-    """The environment of Flower's programs: no telemetry, all files below ``state_dir``."""
+def flower_environment(state_dir: Path, poll_seconds: float = 0.5) -> dict[str, str]:
+    """The environment of Flower's programs: no telemetry, all files below ``state_dir``.
+
+    ``poll_seconds`` is how often a SuperExec asks for work; each question costs some CPU.
+    """
     env = child_environment(programs_of(state_dir))
     env |= {
         "FLWR_HOME": str(flower_home(state_dir)),
@@ -28,7 +31,7 @@ def flower_environment(state_dir: Path) -> dict[str, str]:
         # Both sides cut arrays alike, so that both compute the same traffic.
         "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(CHUNK_BYTES),
     }
-    env.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.5")
+    env.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", str(poll_seconds))
     return env
 
 

@@ -166,10 +166,11 @@ class RoundCloser:
         self, model: VisionTransformer, spec: ModelSpec, before: Mask, after: Mask
     ) -> tuple[VisionTransformer, ModelSpec, str]:
         keep = after.keep_in(before)
-        moments = collect_moments(model, self._source(spec)) if self._source else None
-        pruned, pruned_spec = prune_compensated(
-            model, spec, keep, moments, "least_squares" if moments else "none"
-        )
+        method = self._config.plan.compensation if self._source else "none"
+        moments = None
+        if self._source is not None and method != "none":
+            moments = collect_moments(model, self._source(spec))
+        pruned, pruned_spec = prune_compensated(model, spec, keep, moments, method)
         if self._source is not None:
             seed, coral = self._config.seed, self._config.train.dal == "coral"
             anchors = compute_anchors(pruned, self._source(pruned_spec), seed, coral)
