@@ -94,7 +94,7 @@ class Farm:
         try:
             if isinstance(request, HelloRequest):
                 return self._hello()
-            kind = request.kind
+            kind = request.kind if isinstance(request, AlignRequest) else request.label
             cached = self._state.load_reply(request, kind)
             if isinstance(cached, AlignReply | EvaluateReply):
                 log.info("run %d round %d: answered from disk", request.run, request.round)

@@ -2,7 +2,7 @@
 
     backbones/DIGEST.safetensors     the newest training bases, oldest thrown away
     classifiers/DIGEST.safetensors   this farm's classifier for that backbone
-    replies/RUN-ROUND-KIND...        the answer to a request, sent again when it is asked again
+    replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again
     reports/LABEL.json               per-image results on the test part, for the farm's own eyes
 
 Every file is written whole or not at all, and a damaged one counts as absent.
@@ -97,17 +97,20 @@ class FarmState:
 
     # --- replies ---------------------------------------------------------------------------
 
-    def save_reply(self, request: Work, kind: str, reply: Reply) -> None:
-        """Keep a finished reply, so that a repeated request costs no second training."""
+    def save_reply(self, request: Work, work: str, reply: Reply) -> None:
+        """Keep a finished reply, so that a repeated request costs no second training.
+
+        ``work`` tells apart what may be asked in one round: alignment, and reports by label.
+        """
         text, arrays = to_parts(reply)
-        path = self._reply_path(request, kind)
+        path = self._reply_path(request, work)
         write_atomically(path, save_arrays(arrays or _NOTHING, metadata={"message": text}))
         for old in _newest_first(self.folder / "replies")[REPLIES_KEPT:]:
             old.unlink(missing_ok=True)
 
-    def load_reply(self, request: Work, kind: str) -> Request | Reply | None:
+    def load_reply(self, request: Work, work: str) -> Request | Reply | None:
         """The reply to an earlier attempt at the same work, or None."""
-        path = self._reply_path(request, kind)
+        path = self._reply_path(request, work)
         try:
             with safe_open(path, framework="np") as file:
                 text = (file.metadata() or {})["message"]
@@ -116,9 +119,9 @@ class FarmState:
         except (OSError, SafetensorError, KeyError, FieldfedError):
             return None
 
-    def _reply_path(self, request: Work, kind: str) -> Path:
+    def _reply_path(self, request: Work, work: str) -> Path:
         # the base is part of the name: a server that started over may reuse run and round numbers
-        name = f"{request.run}-{request.round}-{kind}-{request.base[:16]}.safetensors"
+        name = f"{request.run}-{request.round}-{work}-{request.base[:16]}.safetensors"
         return self.folder / "replies" / name
 
     # --- reports ---------------------------------------------------------------------------

@@ -200,7 +200,9 @@ def demo(
         bool, typer.Option("--compare", help="also run without pruning, and local-only")
     ] = False,
     per_class: Annotated[int | None, typer.Option(help="few-shot: training images used")] = None,
-    rounds: Annotated[int, typer.Option(help="rounds of each run")] = 6,
+    rounds: Annotated[
+        int | None, typer.Option(help="rounds of each run; default 6, drawn 4")
+    ] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
     seed: Annotated[int, typer.Option(help="seed of everything")] = 0,

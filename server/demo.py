@@ -46,13 +46,14 @@ from server.summary import summarise
 SAMPLES = 6
 WORST_DROP = 0.05
 AT_WORK_AT_ONCE = 2
+DRAWN_ROUNDS = 4
 
 # A tiny vision transformer that learns the drawn plants from nothing in a minute.
 DRAWN_BACKBONE = BackboneConfig(
     name="vit_tiny_patch16_224",
     image_size=64,
     options={"depth": 4, "embed_dim": 96, "num_heads": 6, "patch_size": 8},
-    epochs=12,
+    epochs=16,
     lr=1e-3,
     anchor_images=256,
 )
@@ -69,7 +70,7 @@ class DemoOptions:
     image_size: int = 112
     compare: bool = False
     per_class: int | None = None
-    rounds: int = 6
+    rounds: int | None = None
     prune_heads: float | None = None
     prune_macs: float | None = None
     seed: int = 0
@@ -191,8 +192,14 @@ def _settings(stage: Stage, farms: int) -> ServerConfig:
         seed=options.seed,
         server=NetworkConfig(name="demo", port=free_port()),
         backbone=backbone,
-        plan=PlanConfig(rounds=options.rounds, prune_heads=heads, prune_macs=options.prune_macs),
-        rounds=RoundConfig(min_farms=farms, max_in_flight=AT_WORK_AT_ONCE),
+        plan=PlanConfig(
+            rounds=options.rounds or (DRAWN_ROUNDS if options.drawn else PlanConfig().rounds),
+            prune_heads=heads,
+            prune_macs=options.prune_macs,
+        ),
+        rounds=RoundConfig(
+            min_farms=farms, max_in_flight=farms if options.drawn else AT_WORK_AT_ONCE
+        ),
         train=TrainConfig(),
     )
 
@@ -262,8 +269,16 @@ def _tell(stage: Stage, farms: Sequence[str], seconds: float) -> Story:
             interval=None if interval is None else (interval.low, interval.high),
             seconds=seconds,
         )
+        rejected = {
+            str(reason): count
+            for run in stage.runs
+            for reason, count in store.rejection_counts(run).items()
+            if count
+        }
     finally:
         store.close()
+    if rejected:
+        stage.say(f"replies that did not count, by reason: {rejected}")
     _say_verdicts(stage, farms)
     samples = {farm: _samples(stage.data / "farms" / farm) for farm in farms}
     write_report(story, options.out / "report.html", samples)

@@ -8,7 +8,7 @@ from common import backbone
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.models import Models
-from server.rows import CandidateRow, RoundRow, RunRow
+from server.rows import CandidateRow, RoundRow, RunRow, TrafficRow
 from server.store import Store
 from server.story import FarmLine, HeadMap, Provenance, RoundPoint, Story
 
@@ -132,7 +132,7 @@ def _mean(lines: Sequence[FarmLine]) -> FarmLine:
 
 def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -> list[RoundPoint]:
     traffic = store.traffic(run.run)
-    points: list[RoundPoint] = []
+    points = [_before(traffic)]
     heads = 1.0
     for row in store.rounds(run.run):
         if row.kind != "align" or row.state != "committed" or row.round not in candidates:
@@ -151,11 +151,23 @@ def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -
                 bytes_up={line.farm: line.bytes_up for line in mine},
                 bytes_down={line.farm: line.bytes_down for line in mine},
                 seconds=_round_seconds(row),
-                event=_event(row, heads, points[-1].macs_ratio if points else 1.0),
+                event=_event(row, heads, points[-1].macs_ratio),
             )
         )
         heads = kept
     return points
+
+
+def _before(traffic: Sequence[TrafficRow]) -> RoundPoint:
+    """Before the first round: reports on the first backbone, and its download."""
+    first = [line for line in traffic if line.round == 0]
+    return RoundPoint(
+        round=0,
+        macs_ratio=1.0,
+        heads_kept_ratio=1.0,
+        bytes_up={line.farm: line.bytes_up for line in first},
+        bytes_down={line.farm: line.bytes_down for line in first},
+    )
 
 
 def _round_seconds(row: RoundRow) -> float:

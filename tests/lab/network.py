@@ -87,11 +87,16 @@ class Lab:
         pretrain(self.config, self.server_dir)
 
     def run(
-        self, order: int = 0, fault: Fault | None = None, label: str = "model", **changes: Any
+        self,
+        order: int = 0,
+        fault: Fault | None = None,
+        label: str = "model",
+        local_rounds: int = 0,
+        **changes: Any,
     ) -> LabLink:
         """One run to its end; returns the link with the requests it carried."""
         config = self.config.model_copy(update=changes)
-        settings = RunSettings(config=config, label=label)
+        settings = RunSettings(config=config, label=label, local_rounds=local_rounds)
         path = self.root / "run.json"
         path.write_text(settings.model_dump_json())
         link = LabLink(self.farms, order, fault)

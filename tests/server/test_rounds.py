@@ -101,6 +101,19 @@ def test_status_shows_rounds_farms_accuracy_and_mask(finished: Lab) -> None:
     json.dumps(values)
 
 
+def test_probe_local_and_final_report_are_told_apart(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=1)
+    lab.run(local_rounds=2)
+    store = lab.store()
+    reports = store.reports(1)
+    assert not store.rejections(1)
+    store.close()
+    labels = [(row.label, row.farm) for row in reports]
+    assert labels == [(a, f"farm{n}") for a in ("local", "model", "probe") for n in range(3)]
+    seconds = {row.label: row.seconds for row in reports if row.node == 1}
+    assert seconds["local"] > seconds["probe"], "local-only training did not take place"
+
+
 def _nan(reply: AlignReply) -> Reply:
     update = reply.update.copy()
     update[-64:] = 255  # the last fp32 numbers become NaN
