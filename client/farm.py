@@ -32,6 +32,7 @@ from common.errors import (
     StateError,
 )
 from common.images import FarmFolder, Purpose, open_folder
+from common.logs import bound
 from common.messages import (
     AlignReply,
     AlignRequest,
@@ -94,18 +95,8 @@ class Farm:
         try:
             if isinstance(request, HelloRequest):
                 return self._hello()
-            kind = request.kind if isinstance(request, AlignRequest) else request.label
-            cached = self._state.load_reply(request, kind)
-            if isinstance(cached, AlignReply | EvaluateReply):
-                log.info("run %d round %d: answered from disk", request.run, request.round)
-                return cached.model_copy(update={"attempt": request.attempt})
-            reply = (
-                self._align(request)
-                if isinstance(request, AlignRequest)
-                else self._evaluate(request)
-            )
-            self._state.save_reply(request, kind, reply)
-            return reply
+            with bound(run=request.run, round=request.round, farm=self.name):
+                return self._work(request)
         except MissingBaseError as error:
             return Refusal(reason="missing_base", detail=str(error))
         except DataError as error:
@@ -116,6 +107,20 @@ class Farm:
         except QualityError as error:
             return Refusal(reason="internal", detail=str(error)[:500])
 
+    def _work(self, request: AlignRequest | EvaluateRequest) -> Reply:
+        work = request.kind if isinstance(request, AlignRequest) else request.label
+        cached = self._state.load_reply(request, work)
+        if isinstance(cached, AlignReply | EvaluateReply):
+            log.info("run %d round %d: answered from disk", request.run, request.round)
+            return cached.model_copy(update={"attempt": request.attempt})
+        reply: AlignReply | EvaluateReply
+        if isinstance(request, AlignRequest):
+            reply = self._align(request)
+        else:
+            reply = self._evaluate(request)
+        self._state.save_reply(request, work, reply)
+        return reply
+
     def report(self) -> dict[str, str | int | float]:
         """Accuracy of the newest backbone on the test part, for the farm's own eyes.
 
@@ -125,7 +130,7 @@ class Farm:
         for digest in self._state.held():
             held = self._state.load_backbone(digest)
             if held is not None:
-                judged = self._judge_test(Base(*held, digest), keep=True)
+                judged = self._judge_own(Base(*held, digest))
                 return {
                     "farm": self.name,
                     "base": digest,
@@ -284,9 +289,19 @@ class Farm:
         )
         return fit.evaluate(classifier, features, labels)
 
+    def _judge_own(self, base: Base) -> fit.Evaluation:
+        """With the classifier that the farm keeps for this backbone, or a new one."""
+        classifier = self._state.load_classifier(base.digest)
+        if classifier is None or classifier.out_features != len(self._folder.classes):
+            return self._judge_test(base, keep=True)
+        return self._test(base, classifier)
+
     def _judge_test(self, base: Base, keep: bool) -> fit.Evaluation:
         # full precision, so that a reported figure does not depend on the farm's hardware
         classifier = self._refit(base, keep=keep, autocast=False)
+        return self._test(base, classifier)
+
+    def _test(self, base: Base, classifier: nn.Linear) -> fit.Evaluation:
         test = self._folder.open_test(Purpose.REPORT)
         return fit.evaluate(classifier, *fit.extract(base.model, test, base.spec))
 

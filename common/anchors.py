@@ -378,19 +378,3 @@ def domain_alignment_loss(
         return distance_U.mean()
     weights = weights.to(distance_U)
     return (weights * distance_U).sum() / weights.sum()
-
-
-def invariance(mmd2: npt.NDArray[Any], tau: float) -> npt.NDArray[Any]:
-    """exp(-max(mmd2, 0) / tau), elementwise: 1 where a head does not tell the species apart.
-
-    Raises:
-        ConfigError: tau is not positive.
-    """
-    if not tau > 0:
-        raise ConfigError(f"tau must be positive, not {tau}")
-    return np.asarray(np.exp(-np.maximum(mmd2, 0) / tau))
-
-
-def median_tau(mmd2: npt.NDArray[Any]) -> float:
-    """The default tau: the median over heads, kept positive where most heads agree."""
-    return max(float(np.median(np.maximum(mmd2, 0))), 1e-6)

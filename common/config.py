@@ -139,7 +139,7 @@ class FarmConfig(Section):
     farm: FarmSection
 
 
-Settings = TypeVar("Settings", ServerConfig, FarmConfig)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def load_settings(kind: type[Settings], path: Path, **overrides: dict[str, Any]) -> Settings:

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.backbone import head_macs, macs, neuron_macs, tokens
 from common.errors import ConfigError, ModelError, ProtocolError, RejectReason
 from common.scores import UnitScores
 from common.spec import ModelSpec
@@ -321,6 +320,9 @@ def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
 @lru_cache(maxsize=16)
 def _costs(dense: ModelSpec) -> tuple[int, int, int]:
     """MACs of the dense backbone, of one head and of one neuron; building it to count is slow."""
+    # here, so that reading or showing a mask needs no torch
+    from common.backbone import head_macs, macs, neuron_macs, tokens
+
     token_count = tokens(dense)
     return macs(dense), head_macs(dense, token_count), neuron_macs(dense, token_count)
 

@@ -16,11 +16,12 @@ becomes zero. Every other value comes back within ``RELATIVE_ERROR``; order is n
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ProtocolError, RejectReason
+from common.errors import ConfigError, ProtocolError, RejectReason
 from common.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
@@ -134,3 +135,19 @@ def decode_neurons(coded: Codes, count: int) -> Floats:
         )
     values = scale * np.exp2(-step * (255 - codes))
     return np.where(codes > 0, values, 0.0).astype(np.float32)
+
+
+def invariance(mmd2: npt.NDArray[Any], tau: float) -> npt.NDArray[Any]:
+    """exp(-max(mmd2, 0) / tau), elementwise: 1 where a head does not tell the species apart.
+
+    Raises:
+        ConfigError: tau is not positive.
+    """
+    if not tau > 0:
+        raise ConfigError(f"tau must be positive, not {tau}")
+    return np.asarray(np.exp(-np.maximum(mmd2, 0) / tau))
+
+
+def median_tau(mmd2: npt.NDArray[Any]) -> float:
+    """The default tau: the median over heads, kept positive where most heads agree."""
+    return max(float(np.median(np.maximum(mmd2, 0))), 1e-6)

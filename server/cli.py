@@ -11,7 +11,7 @@ from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import ServerConfig, load_settings
+from common.config import ServerConfig, load_settings, validate
 from common.errors import StateError
 
 app = typer.Typer(
@@ -84,20 +84,25 @@ def init(
 @app.command("pretrain", epilog="Example: fieldfed-server pretrain network")
 def pretrain_base(folder: Folder, log: LogOption = "text") -> None:
     """Load or train the first backbone and describe its heads on the source species."""
+    logs.start_logging(log)
+    config = _settings(folder)
+
+    from server.follow import progress_bar
     from server.pretrain import pretrain
 
-    logs.start_logging(log)
-    pretrain(_settings(folder), folder)
+    with progress_bar(Console()) as tell:
+        pretrain(config, folder, tell)
     print(f"the first backbone is in {folder}; next: fieldfed-server up {folder}")
 
 
 @app.command(epilog="Example: fieldfed-server up network")
 def up(folder: Folder, log: LogOption = "text") -> None:
     """Start SuperLink and SuperExec and keep them alive until Ctrl-C."""
-    from server.launch import serve
-
     logs.start_logging(log)
     config = _settings(folder)
+
+    from server.launch import serve
+
     with serve(config, folder):
         print(
             f"network {config.server.name} is up on {config.server.host}:{config.server.port}; "
@@ -119,17 +124,19 @@ def train(
     log: LogOption = "text",
 ) -> None:
     """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run."""
-    from server.launch import Network
-    from server.rounds import RunSettings
-    from server.runs import play
-
     logs.start_logging(log)
     plan = {"rounds": rounds, "prune_heads": prune_heads, "prune_macs": prune_macs}
     changes: dict[str, Any] = {key: value for key, value in plan.items() if value is not None}
     if changes.keys() & {"prune_heads", "prune_macs"}:
         changes = {"prune_heads": None, "prune_macs": None} | changes
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
-    settings = RunSettings(config=config, label=label)
+
+    # only now: what follows takes seconds to import
+    from server.launch import Network
+    from server.rounds import RunSettings
+    from server.runs import play
+
+    settings = validate(RunSettings, {"config": config, "label": label}, "train")
     row = play(Network.of(config, folder), settings, Console())
     print(f"run {row.run} is done; see: fieldfed-server status {folder}")
 

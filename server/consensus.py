@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from common import anchors
+from common import scores as unit_scores
 from common.errors import ConfigError, ProtocolError, RejectReason, StateError
 from common.scores import UnitScores
 from common.spec import ModelSpec
@@ -74,7 +74,7 @@ def _relative_invariance(importance: Doubles, mmd2: Doubles, tau: float) -> Doub
     distance = np.maximum(mmd2, 0)
     matters = importance > 0
     nearest = distance[matters].min() if matters.any() else 0.0
-    return np.asarray(anchors.invariance(distance - nearest, tau), dtype=np.float64)
+    return np.asarray(unit_scores.invariance(distance - nearest, tau), dtype=np.float64)
 
 
 def _checked(name: str, values: Floats, count: int, signed: bool = False) -> Doubles:
@@ -225,4 +225,4 @@ def median_tau(farms: Sequence[Floats]) -> float:
         raise StateError("no farm sent scores; the invariance scale cannot be chosen")
     # sorted per head, for the sum must not depend on the order of the farms
     mean_U = np.sort(np.stack(farms), axis=0).mean(axis=0, dtype=np.float64)
-    return anchors.median_tau(mean_U)
+    return unit_scores.median_tau(mean_U)

@@ -31,6 +31,7 @@ from common.errors import DataError, QualityError
 from common.files import write_atomically
 from common.processes import Child, free_port, stop_all
 from server.compare import Interval, paired_bootstrap, verdict
+from server.follow import progress_bar
 from server.launch import Network, serve
 from server.models import Models
 from server.plants import draw_dataset
@@ -210,7 +211,8 @@ def _pretrain(stage: Stage, config: ServerConfig) -> None:
         if config.backbone.epochs
         else f"loading {config.backbone.name}, describing its heads on the source species ..."
     )
-    pretrain(config, stage.server_dir)
+    with progress_bar(stage.console) as tell:
+        pretrain(config, stage.server_dir, tell)
 
 
 # --- during ------------------------------------------------------------------------------------

@@ -123,6 +123,24 @@ def _stage(store: Store, run: RunRow, settings: RunSettings) -> tuple[str, int, 
     return f"{settings.label}: waiting for farms", 0, max(farms, 1)
 
 
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A callback that shows (what is done, share of it); silent where there is no terminal."""
+    if not console.is_terminal:
+        yield lambda _what, _share: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=1.0)
+            progress.update(tasks[what], completed=share)
+
+        yield tell
+
+
 class _Lines:
     """One line per committed round, and one when a stage begins."""
 

@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -223,20 +222,6 @@ def run_status(network: Network, run_id: int) -> RunStatus:
                 traffic["outbound-bytes"],
             )
     raise LaunchError(f"the server at {network.address} knows no run {run_id}")
-
-
-def wait_for_run(network: Network, run_id: int, seconds: float, pause: float = 2.0) -> RunStatus:
-    """Wait until a run has ended; returns its last status.
-
-    Raises:
-        LaunchError: it has not ended in time, or the server is not up.
-    """
-    deadline = time.monotonic() + seconds
-    while not (status := run_status(network, run_id)).finished:
-        if time.monotonic() >= deadline:
-            raise LaunchError(f"run {run_id} is still {status.state} after {seconds:.0f} s")
-        time.sleep(pause)
-    return status
 
 
 def stop_run(network: Network, run_id: int) -> None:

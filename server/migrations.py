@@ -38,7 +38,6 @@ _FIRST: Migration = (
         farm TEXT NOT NULL,
         examples INTEGER NOT NULL,
         classes INTEGER NOT NULL,
-        held TEXT,
         last_seen REAL NOT NULL,
         PRIMARY KEY (run, node)
     ) STRICT, WITHOUT ROWID""",

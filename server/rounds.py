@@ -9,17 +9,19 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from common import backbone, codec
 from common.config import ServerConfig
 from common.errors import FieldfedError, ProtocolError, RejectReason, StateError
+from common.logs import bound
 from common.mask import Mask
 from common.messages import (
     AlignReply,
     EvaluateReply,
     HelloReply,
     HelloRequest,
+    Label,
     Refusal,
     Reply,
 )
@@ -44,9 +46,16 @@ class RunSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: ServerConfig
-    label: str = Field(default="model", pattern=r"^[a-z0-9_-]{1,40}$")
+    label: Label = "model"
     probe: bool = Field(default=True, description="report the base before the first round")
     local_rounds: int = Field(default=0, ge=0, description="report the local-only baseline")
+
+    @field_validator("label")
+    @classmethod
+    def _not_a_baseline(cls, label: str) -> str:
+        if label in ("probe", "local"):
+            raise ValueError(f"'{label}' names a baseline; choose another label")
+        return label
 
 
 class WallClock:
@@ -128,17 +137,22 @@ class RoundLoop:
             FieldfedError: no farm answered; the run is marked failed and says so.
         """
         try:
-            self._wait_for_farms()
-            self._first_reports()
-            base, done = self._committed()
-            for number in range(done + 1, self._plan.rounds + 1):
-                base = self._round(number, base)
-            self._report(self._settings.label, self._plan.rounds, base)
+            with bound(run=self.run):
+                self._play()
         except FieldfedError as error:
             self._store.finish_run(self.run, "failed", str(error))
             raise
         self._store.finish_run(self.run, "done")
         log.info("run %d is done", self.run)
+
+    def _play(self) -> None:
+        self._wait_for_farms()
+        self._first_reports()
+        base, done = self._committed()
+        for number in range(done + 1, self._plan.rounds + 1):
+            with bound(round=number):
+                base = self._round(number, base)
+        self._report(self._settings.label, self._plan.rounds, base)
 
     def _committed(self) -> tuple[Base, int]:
         last = self._store.last_committed(self.run)
@@ -187,7 +201,9 @@ class RoundLoop:
                 sent=lambda _node, _attempt, _size: None,
                 fault=partial(self._quarantine, 0),
             )
-            collect(self._link, self._clock, self._config.rounds, exchange)
+            # a hello trains nothing: nobody needs to wait for a turn
+            rules = self._config.rounds.model_copy(update={"max_in_flight": len(strangers)})
+            collect(self._link, self._clock, rules, exchange)
 
     def _welcome(self, node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
         if not isinstance(reply, HelloReply):
@@ -214,7 +230,7 @@ class RoundLoop:
             quorum=quorum_of(len(self._farms), rules),
             deadline=time.time() + rules.deadline_seconds,
         )
-        answered = {row.node for row in self._store.replies(self.run, number)}
+        answered = self._answered(number)
         exchange = Exchange(
             nodes=[node for node in self._farms if node not in answered],
             request=partial(self._requests.align, number=number, base=base, score=scored),
@@ -231,6 +247,18 @@ class RoundLoop:
             *(number, self._plan.rounds, accepted, 100 * new.mask.heads_kept_ratio),
         )
         return new
+
+    def _answered(self, number: int) -> set[int]:
+        """Farms whose replies are on disk already; a damaged one is forgotten and asked again."""
+        answered = set()
+        for row in self._store.replies(self.run, number):
+            try:
+                self._spool.open(Path(row.path)).close()
+                answered.add(row.node)
+            except StateError as error:
+                log.warning("%s; the farm is asked again", error)
+                self._store.drop_reply(self.run, number, row.node)
+        return answered
 
     def _expected(self, base: Base, scored: bool) -> Expected:
         model, spec = self._models.load(base.digest)

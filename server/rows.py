@@ -33,13 +33,12 @@ class RunRow:
 
 @dataclass(frozen=True)
 class FarmRow:
-    """A farm of a run; ``held`` is the backbone it is known to hold."""
+    """A farm of a run, as it introduced itself."""
 
     node: int
     farm: str
     examples: int
     classes: int
-    held: str | None
     last_seen: float
     rejected: int
 

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from common.errors import StateError
 from common.mask import Mask
+from common.scores import UnitScores
+from server.consensus import rank_correlation
 from server.rows import RunRow
 from server.store import Store
 from server.story import percent, size_text
@@ -50,6 +52,7 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
         "detail": run.detail,
         "rounds": _rounds(store, run.run),
         "farms": _farms(store, run.run),
+        "agreement": _agreement(store, run.run),
         "rejected": {reason: count for reason, count in rejected.items() if count},
         "mask": {
             "heads_kept_ratio": mask.heads_kept_ratio,
@@ -57,6 +60,17 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
             "text": mask.describe(),
         },
     }
+
+
+def _agreement(store: Store, run: int) -> float | None:
+    """Mean rank correlation of the farms' head scores in the last score round."""
+    rounds = store.scores(run)
+    if not rounds:
+        return None
+    last = [row for row in rounds[max(rounds)] if row.farm is not None]
+    if len(last) < 2:
+        return None
+    return rank_correlation([UnitScores(heads=(row.heads,), neurons=()) for row in last])
 
 
 def _rounds(store: Store, run: int) -> list[dict[str, Any]]:
@@ -123,6 +137,10 @@ def show(values: dict[str, Any]) -> Group:
             str(row["rejected"]),
         )
     parts += [rounds, farms, Text("mask", "bold"), Text(values["mask"]["text"])]
+    if values["agreement"] is not None:
+        parts.append(
+            Text(f"rank correlation of head scores between farms: {values['agreement']:.2f}")
+        )
     if values["rejected"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in values["rejected"].items())
         parts.append(Text(f"rejected replies: {reasons}"))

@@ -119,10 +119,6 @@ class Store(Records):
             *(run, node, farm, examples, classes, time.time()),
         )
 
-    def set_held(self, run: int, node: int, digest: str | None) -> None:
-        """The backbone that a farm holds now, as far as it is known."""
-        self._change("UPDATE farms SET held = ? WHERE run = ? AND node = ?", digest, run, node)
-
     def farms(self, run: int) -> list[FarmRow]:
         """The farms of a run, by node."""
         return self._all(
@@ -160,14 +156,6 @@ class Store(Records):
                 "attempt = attempt + 1, state = 'open', finished = NULL",
                 (run, number, kind, base, mask, quorum, deadline, time.time()),
             )
-
-    def close_evaluation(self, run: int, number: int) -> None:
-        """A round of reports is over; there is nothing to commit."""
-        self._change(
-            "UPDATE rounds SET state = 'committed', finished = ? "
-            "WHERE run = ? AND round = ? AND kind = 'evaluate'",
-            *(time.time(), run, number),
-        )
 
     def rounds(self, run: int) -> list[RoundRow]:
         """All rounds, in order; at the same number, alignment before evaluation."""
@@ -232,11 +220,6 @@ class Store(Records):
         """Number and candidate of the last committed round of alignment."""
         found = self.candidates(run)
         return max(found.items(), key=lambda item: item[0]) if found else None
-
-    def latest_candidate(self, run: int) -> CandidateRow | None:
-        """The newest candidate; None before the first round is committed."""
-        last = self.last_committed(run)
-        return None if last is None else last[1]
 
     def candidates(self, run: int) -> dict[int, CandidateRow]:
         """Candidates by round, in order."""

@@ -59,14 +59,22 @@ def test_a_one_class_farm(tmp_path: Path) -> None:
     assert "class" in said
 
 
-@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.2"])
-@pytest.mark.parametrize("name", ["prune-heads", "prune-macs"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prune-heads", "0"), ("prune-heads", "1.5"), ("prune-macs", "1"), ("prune-macs", "-0.2")],
+)
 def test_a_budget_outside_its_range(name: str, value: str, tmp_path: Path) -> None:
     network = tmp_path / "network"
     network.mkdir()
     (network / "server.toml").write_text("seed = 0\n")
     said = refused(2, "fieldfed-server", "train", str(network), f"--{name}", value)
     assert name.replace("-", "_") in said
+
+
+def test_a_label_that_names_a_baseline(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text("seed = 0\n")
+    said = refused(2, "fieldfed-server", "train", str(tmp_path), "--label", "probe")
+    assert "baseline" in said
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:

@@ -53,9 +53,10 @@ def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_what_an_inference_device_needs_imports_without_torch() -> None:
+def test_what_an_inference_device_and_status_need_imports_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['flwr'] = None; "
-        "import common.errors, common.config, common.spec, common.files, common.messages"
+        "import common.errors, common.config, common.spec, common.files, common.messages, "
+        "common.mask, common.pixels, server.status"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

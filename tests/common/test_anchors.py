@@ -23,9 +23,7 @@ from common.anchors import (
     fourier_features,
     head_coral,
     head_mmd2,
-    invariance,
     median_sigma,
-    median_tau,
     pooled_mmd2,
     tap_features,
 )
@@ -184,19 +182,6 @@ def test_pooled_distance_needs_two_images() -> None:
     statistics.add(tap_features([drawn(1, 2, 0)], anchors))
     with pytest.raises(DataError):
         pooled_mmd2(statistics, anchors)
-
-
-# --- invariance -----------------------------------------------------------------------------------
-
-
-def test_invariance() -> None:
-    mmd2 = np.array([-0.1, 0.0, 0.2, 0.4])
-    np.testing.assert_allclose(invariance(mmd2, 0.2), [1, 1, math.exp(-1), math.exp(-2)])
-    assert median_tau(mmd2) == pytest.approx(0.1)
-    assert median_tau(np.full(4, -1.0)) > 0
-    for tau in (0.0, -1.0, math.nan):
-        with pytest.raises(ConfigError, match="tau"):
-            invariance(mmd2, tau)
 
 
 # --- on a backbone --------------------------------------------------------------------------------

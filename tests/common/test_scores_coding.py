@@ -1,5 +1,6 @@
 """Coded neuron scores keep their order and their small values; nonsense is refused."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common.errors import ProtocolError, RejectReason
+from common.errors import ConfigError, ProtocolError, RejectReason
 from common.scores import (
     HEADER,
     OCTAVES,
@@ -17,6 +18,8 @@ from common.scores import (
     UnitScores,
     decode_neurons,
     encode_neurons,
+    invariance,
+    median_tau,
 )
 from common.spec import ModelSpec
 
@@ -117,3 +120,16 @@ def test_flat_and_blocks() -> None:
     assert caught.value.reason == RejectReason.SHAPE
     with pytest.raises(ProtocolError):
         UnitScores.from_flat(heads * np.float32(np.nan), neurons, SPEC)
+
+
+# --- invariance -----------------------------------------------------------------------------------
+
+
+def test_invariance() -> None:
+    mmd2 = np.array([-0.1, 0.0, 0.2, 0.4])
+    np.testing.assert_allclose(invariance(mmd2, 0.2), [1, 1, math.exp(-1), math.exp(-2)])
+    assert median_tau(mmd2) == pytest.approx(0.1)
+    assert median_tau(np.full(4, -1.0)) > 0
+    for tau in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="tau"):
+            invariance(mmd2, tau)

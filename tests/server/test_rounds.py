@@ -98,6 +98,7 @@ def test_status_shows_rounds_farms_accuracy_and_mask(finished: Lab) -> None:
     assert [row["farm"] for row in values["farms"]] == ["farm0", "farm1", "farm2"]
     assert all(0 <= row["reports"]["model"] <= 1 for row in values["farms"])
     assert "block" in values["mask"]["text"]
+    assert -1 <= values["agreement"] <= 1
     json.dumps(values)
 
 
@@ -220,6 +221,26 @@ def test_a_run_that_was_cut_continues_after_the_last_committed_round(tmp_path: P
     rounds = {request.round for _, request in link.requests if isinstance(request, AlignRequest)}
     assert rounds == {2, 3}
     assert outcome(cut) == outcome(whole)
+
+
+def test_a_spooled_reply_damaged_by_a_power_cut_is_asked_for_again(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=1)
+    answered: list[int] = []
+
+    def power_cut(node: int, request: Request, _reply: Reply) -> None:
+        if isinstance(request, AlignRequest):
+            answered.append(node)
+            if len(answered) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(fault=power_cut)
+    store = lab.store()
+    broken, kept = store.replies(1, 1)
+    store.close()
+    Path(broken.path).write_bytes(Path(broken.path).read_bytes()[:50])
+    asked = {node for node, request in lab.run().requests if isinstance(request, AlignRequest)}
+    assert asked == {1, 2, 3} - {kept.node}
 
 
 def test_no_farm_at_all_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -151,12 +151,11 @@ def test_tau_is_frozen_once(store: Store) -> None:
 
 def test_farms_are_met_again(store: Store) -> None:
     run = started(store)
-    store.set_held(run, 2, NEXT)
     store.upsert_farm(run, 2, "farm-2", 55, 4)
     store.record_rejection(run, 1, 2, RejectReason.STALE, "late")
     first, second = store.farms(run)
-    assert (first.node, first.held, first.rejected) == (1, None, 0)
-    assert (second.examples, second.classes, second.held, second.rejected) == (55, 4, NEXT, 1)
+    assert (first.node, first.rejected) == (1, 0)
+    assert (second.examples, second.classes, second.rejected) == (55, 4, 1)
     assert second.last_seen == pytest.approx(time.time(), abs=60)
 
 
@@ -217,7 +216,6 @@ def test_a_round_is_reopened_after_a_crash_and_keeps_its_replies(store: Store) -
 def test_commit_keeps_everything_of_a_round(store: Store) -> None:
     run = started(store)
     assert store.last_committed(run) is None
-    assert store.latest_candidate(run) is None
     opened(store, run)
     store.record_reply(run, 1, 1, 1, 5, reply(), spooled(1))
     commit(store, run, mask=CUT)
@@ -226,7 +224,6 @@ def test_commit_keeps_everything_of_a_round(store: Store) -> None:
     assert (row.macs_ratio, row.heads_kept_ratio, row.mean_accuracy) == (0.5, 0.75, 0.6)
     assert row.finished is not None
     assert store.last_committed(run) == (1, candidate(CUT))
-    assert store.latest_candidate(run) == candidate(CUT)
     assert store.candidates(run) == {1: candidate(CUT)}
     assert store.masks(run) == {DENSE: DENSE_JSON, CUT: CUT_JSON}
     assert store.mask(CUT) == CUT_JSON
@@ -293,10 +290,9 @@ def test_evaluation_rounds_stand_beside_alignment(store: Store) -> None:
     run = started(store)
     opened(store, run)
     store.open_round(run, 1, kind="evaluate", base=BASE, mask=DENSE, quorum=1, deadline=1.0)
-    store.close_evaluation(run, 1)
     assert [(row.kind, row.state) for row in store.rounds(run)] == [
         ("align", "open"),
-        ("evaluate", "committed"),
+        ("evaluate", "open"),
     ]
     assert store.last_committed(run) is None
 

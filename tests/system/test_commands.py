@@ -16,6 +16,7 @@ import pytest
 
 from common.messages import AlignReply, AlignRequest, EvaluateReply
 from common.processes import Child, free_port, stop_all, wait_for_port
+from server.status import snapshot
 from server.store import Store
 from tests.lab.network import SIDE, TINY, draw_folder
 from tests.system.conftest import wait_until
@@ -195,8 +196,11 @@ def test_ctrl_c_during_a_round_keeps_the_store_and_ends_every_process(site: Site
     long = ["--rounds", "50", "--label", "long"]
     train = Child("train", lambda: command("fieldfed-server", "train", site.server, *long), log)
     train.start()
+    folder = Path(site.server)
     wait_until(
-        lambda: status(site)["label"] == "long" and status(site)["rounds"][1:], 120, "round 2"
+        lambda: snapshot(folder)["label"] == "long" and snapshot(folder)["rounds"][1:],
+        120,
+        "round 2",
     )
     assert train.pid is not None
     os.kill(train.pid, signal.SIGINT)

@@ -1,0 +1,128 @@
+"""One exchange: quorum, deadline, retries, farms at work at once; time is simulated."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from common.config import RoundConfig
+from common.errors import RejectReason
+from common.messages import HelloReply, HelloRequest, Reply, Request
+from server.collect import Exchange, Verdict, collect, quorum_of
+from server.link import Delivery, Sent
+from tests.lab.link import LabClock
+
+
+@dataclass
+class Scripted:
+    """A link whose farms answer after a delay of their own; None: never, text: lost."""
+
+    clock: LabClock
+    delays: dict[int, float | str | None]
+    offline: set[int] = field(default_factory=set)
+    sent: list[tuple[int, float]] = field(default_factory=list)
+    most_at_once: int = 0
+    _flights: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def online(self) -> Sequence[int]:
+        return [node for node in sorted(self.delays) if node not in self.offline]
+
+    def send(self, node: int, request: Request, ttl_seconds: float) -> Sent:
+        self.sent.append((node, self.clock.now()))
+        self._flights[str(len(self.sent))] = (node, self.clock.now())
+        self.most_at_once = max(self.most_at_once, len(self._flights))
+        return Sent(str(len(self.sent)), 10)
+
+    def poll(self, message_ids: Collection[str]) -> list[Delivery]:
+        found = []
+        for name in message_ids:
+            node, since = self._flights[name]
+            delay = self.delays[node]
+            if isinstance(delay, str):
+                found.append(Delivery(name, None, error=delay, malformed=delay == "malformed"))
+            elif delay is not None and self.clock.now() - since >= delay:
+                found.append(Delivery(name, HelloReply(farm=f"f{node}", examples=1, classes=2)))
+        for delivery in found:
+            del self._flights[delivery.message_id]
+        return found
+
+
+@dataclass
+class Heard:
+    accepted: list[int] = field(default_factory=list)
+    faults: list[tuple[int, RejectReason]] = field(default_factory=list)
+
+
+def play(link: Scripted, **rules: float) -> tuple[int, Heard]:
+    heard = Heard()
+
+    def accept(node: int, _attempt: int, _reply: Reply, _size: int) -> Verdict:
+        heard.accepted.append(node)
+        return Verdict.ACCEPTED
+
+    exchange = Exchange(
+        nodes=list(link.delays),
+        request=lambda _node, _attempt: HelloRequest(),
+        accept=accept,
+        sent=lambda _node, _attempt, _size: None,
+        fault=lambda node, reason, _detail: heard.faults.append((node, reason)),
+    )
+    config = RoundConfig.model_validate({"deadline_seconds": 100, "grace_seconds": 5} | rules)
+    return collect(link, link.clock, config, exchange), heard
+
+
+def test_all_farms_answer() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 3.0, 3: 2.0})
+    assert play(link)[0] == 3
+    assert link.clock.now() < 4
+
+
+def test_a_round_closes_at_quorum_plus_grace() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 2.0, 3: 4.0, 4: None})
+    count, heard = play(link, quorum=0.5)
+    assert (count, heard.accepted) == (3, [1, 2, 3])
+    assert 6.5 < link.clock.now() < 7.6
+
+
+def test_a_round_closes_at_the_deadline_with_what_there_is() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: None})
+    count, heard = play(link)
+    assert count == 1
+    assert heard.faults == [(2, RejectReason.LOST)]
+    assert 100 <= link.clock.now() < 101
+
+
+def test_a_lost_message_is_sent_again_as_often_as_the_rules_say() -> None:
+    link = Scripted(LabClock(), {1: "node unavailable", 2: 1.0})
+    count, heard = play(link, attempts=3)
+    assert count == 1
+    assert [node for node, _ in link.sent].count(1) == 3
+    assert heard.faults == [(1, RejectReason.LOST)] * 3
+
+
+def test_a_malformed_reply_is_not_asked_for_again() -> None:
+    link = Scripted(LabClock(), {1: "malformed"})
+    count, heard = play(link)
+    assert count == 0
+    assert heard.faults == [(1, RejectReason.MALFORMED)]
+    assert len(link.sent) == 1
+
+
+def test_no_more_farms_work_at_once_than_allowed_and_queued_ones_are_not_late() -> None:
+    link = Scripted(LabClock(), dict.fromkeys(range(1, 7), 60.0))
+    count, heard = play(link, max_in_flight=2)
+    assert link.most_at_once == 2
+    assert count == 6, "a farm was given up while it waited for its turn"
+    assert not heard.faults
+
+
+def test_a_farm_that_stays_offline_does_not_hold_the_round_for_ever() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 1.0}, offline={2})
+    count, heard = play(link)
+    assert count == 1
+    assert heard.faults == [(2, RejectReason.LOST)]
+    assert link.clock.now() < 101
+
+
+def test_a_quorum_is_rounded_up_and_at_least_one() -> None:
+    assert quorum_of(10, RoundConfig(quorum=0.75)) == 8
+    assert quorum_of(3, RoundConfig(quorum=0.01)) == 1
+    assert quorum_of(7, RoundConfig(quorum=1.0)) == 7
