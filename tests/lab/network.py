@@ -1,5 +1,6 @@
 """A small network for tests: drawn images, a tiny vision transformer, farms in the lab."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,22 @@ def server_config(root: Path, **plan: Any) -> ServerConfig:
 class Lab:
     """A network in a folder: pre-trained once, then run as often as a test likes."""
 
-    def __init__(self, root: Path, count: int = 3, **plan: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        count: int = 3,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        **plan: Any,
+    ) -> None:
         self.root, self.server_dir = root, root / "server"
         self.farms = farms(root, count)
         rules = RoundConfig(deadline_seconds=60, grace_seconds=0, min_farms=count)
-        self.config = server_config(root, **plan).model_copy(update={"rounds": rules})
+        config = server_config(root, **plan)
+        changed = {
+            section: getattr(config, section).model_copy(update=dict(values))
+            for section, values in (settings or {}).items()
+        }
+        self.config = config.model_copy(update={"rounds": rules, **changed})
         pretrain(self.config, self.server_dir)
 
     def run(

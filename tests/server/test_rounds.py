@@ -115,6 +115,36 @@ def test_probe_local_and_final_report_are_told_apart(tmp_path: Path) -> None:
     assert seconds["local"] > seconds["probe"], "local-only training did not take place"
 
 
+def test_a_macs_budget_removes_heads_and_neurons_and_is_kept(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, prune_macs=0.4, compensation="least_squares")
+    lab.run()
+    store = lab.store()
+    last = store.last_committed(1)
+    (ratio,) = {row.macs_ratio for row in store.rounds(1)}
+    assert last is not None
+    mask = Mask.from_json(store.mask(last[1].mask))
+    store.close()
+    assert ratio is not None
+    assert 0.58 < ratio <= 0.6
+    assert mask.heads_kept_ratio < 1
+    assert mask.neurons_kept_ratio < 1
+
+
+@pytest.mark.parametrize(
+    ("backbone", "train"),
+    [({}, {"dal": "coral"}), ({}, {"trainable": "full"}), ({"source": None, "epochs": 0}, {})],
+    ids=["coral", "full", "no source images"],
+)
+def test_other_settings_reach_the_end(
+    backbone: dict[str, Any], train: dict[str, Any], tmp_path: Path
+) -> None:
+    lab = Lab(tmp_path, settings={"backbone": backbone, "train": train}, **PRUNE)
+    link = lab.run()
+    aligned = [request for _, request in link.requests if isinstance(request, AlignRequest)]
+    assert all((request.anchors is None) == ("source" in backbone) for request in aligned)
+    assert outcome(lab).masks
+
+
 def _nan(reply: AlignReply) -> Reply:
     update = reply.update.copy()
     update[-64:] = 255  # the last fp32 numbers become NaN
