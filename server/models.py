@@ -17,6 +17,9 @@ from common.files import write_atomically
 from common.messages import Array
 from common.spec import ModelSpec
 
+BODIES_KEPT = 2
+"""A candidate whole, and the step to it."""
+
 
 class Models:
     """The candidates of a network."""
@@ -24,7 +27,7 @@ class Models:
     def __init__(self, state_dir: Path) -> None:
         self._models = state_dir / "models"
         self._anchors = state_dir / "anchors"
-        self._last_body: tuple[str, Array] | None = None
+        self._bodies: dict[Path, Array] = {}
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
@@ -46,15 +49,21 @@ class Models:
         return model, spec
 
     def body(self, digest: str) -> Array:
-        """The candidate as bytes; all requests of a round share one read-only array."""
-        if self._last_body is None or self._last_body[0] != digest:
-            self._last_body = (digest, np.frombuffer(self.path(digest).read_bytes(), np.uint8))
-        return self._last_body[1]
+        """The candidate as bytes."""
+        return self._shared(self.path(digest))
 
     def step(self, digest: str) -> Array | None:
         """The coded step that leads to this candidate, or None after a prune event."""
         path = self._models / f"{digest}.delta"
-        return np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else None
+        return self._shared(path) if path.is_file() else None
+
+    def _shared(self, path: Path) -> Array:
+        """A file as bytes; all requests of a round share one read-only array."""
+        if path not in self._bodies:
+            if len(self._bodies) >= BODIES_KEPT:
+                self._bodies.clear()
+            self._bodies[path] = np.frombuffer(path.read_bytes(), np.uint8)
+        return self._bodies[path]
 
     def step_parent(self, step: Array) -> str:
         """The digest of the candidate that a step is added to."""
