@@ -69,7 +69,6 @@ class Farm:
 
     def __init__(self, config: FarmConfig, folder: FarmFolder, state: FarmState) -> None:
         self.name = config.farm.name
-        self._farm = config.farm
         self._folder = folder
         self._state = state
         self._autocast = config.farm.precision == "bf16" or (
@@ -164,12 +163,8 @@ class Farm:
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
         )
         return AlignReply(
-            run=request.run,
-            round=request.round,
-            attempt=request.attempt,
+            **request.identity(),
             farm=self.name,
-            base=request.base,
-            mask=request.mask,
             examples=len(self._folder.fit),
             accuracy=judged.accuracy,
             f1=judged.f1,
@@ -224,12 +219,8 @@ class Farm:
         self._state.save_report(request.label, request.base, judged.correct.tolist())
         log.info("%s report %s: accuracy %.3f", self.name, request.label, judged.accuracy)
         return EvaluateReply(
-            run=request.run,
-            round=request.round,
-            attempt=request.attempt,
+            **request.identity(),
             farm=self.name,
-            base=request.base,
-            mask=request.mask,
             label=request.label,
             examples=len(judged.correct),
             accuracy=judged.accuracy,

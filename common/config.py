@@ -7,13 +7,15 @@ Environment variables override: ``FIELDFED_SERVER__PORT=9000`` sets ``[server] p
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FIELDFED_"
+
+Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 
 class Section(BaseModel):
@@ -82,6 +84,13 @@ class RoundConfig(Section):
     max_in_flight: int = Field(default=64, ge=1, le=10_000, description="farms at work at once")
     min_farms: int = Field(default=1, ge=1, description="farms that must be online to start")
     max_reply_bytes: int = Field(default=200_000_000, ge=1)
+    aggregation: Aggregation = Field(default="mean", description="how updates become one")
+    clip: float = Field(
+        default=3.0, gt=0, description="longer updates are cut to this multiple of the median norm"
+    )
+    liars: float = Field(
+        default=0.2, ge=0, lt=0.5, description="share of farms a robust rule withstands"
+    )
 
 
 class BackboneConfig(Section):

@@ -63,6 +63,10 @@ class Work(Message):
     body_from: Digest | None = Field(default=None, description="the base a delta is added to")
     body: Bytes | None = Field(default=None, description="coded delta, or a packed backbone")
 
+    def identity(self) -> dict[str, Any]:
+        """What a reply repeats, so that it can be matched to this request."""
+        return {name: getattr(self, name) for name in ("run", "round", "attempt", "base", "mask")}
+
 
 class HelloRequest(Message):
     """Who are you, and which backbones do you hold?"""
@@ -89,10 +93,9 @@ class AlignRequest(Work):
     score: bool = Field(default=False, description="also score every head and MLP neuron")
 
 
-class AlignReply(Message):
-    """A coded update and, in score rounds, the scores."""
+class Done(Message):
+    """What every reply to work says: whose it is, to which request, and how well the base did."""
 
-    kind: Literal["align_reply"] = "align_reply"
     run: int = Field(ge=0, lt=2**53)
     round: int = Field(ge=0, le=1_000_000)
     attempt: int = Field(ge=1, le=1000)
@@ -100,11 +103,21 @@ class AlignReply(Message):
     base: Digest
     mask: Digest
     examples: int = Field(ge=1, le=10**9)
-    accuracy: Ratio = Field(description="of the incoming base on the decide part")
+    accuracy: Ratio
     f1: Ratio
+    seconds: Finite = Field(ge=0)
+
+
+class AlignReply(Done):
+    """A coded update and, in score rounds, the scores.
+
+    ``accuracy`` and ``f1`` are those of the incoming base on the decide part; ``examples`` counts
+    the images of the fit part.
+    """
+
+    kind: Literal["align_reply"] = "align_reply"
     loss: Finite = Field(description="mean training loss of the last epoch")
     dal: Finite
-    seconds: Finite = Field(ge=0)
     update: Bytes
     head_importance: Floats | None = Field(default=None, description="(sum of heads,)")
     head_mmd2: Floats | None = Field(default=None, description="(sum of heads,)")
@@ -124,21 +137,11 @@ class EvaluateRequest(Work):
     train: TrainConfig
 
 
-class EvaluateReply(Message):
-    """Accuracy of the base with a refitted classifier on the test part."""
+class EvaluateReply(Done):
+    """Accuracy of the base with a refitted classifier on the test part, and its images' number."""
 
     kind: Literal["evaluate_reply"] = "evaluate_reply"
-    run: int = Field(ge=0, lt=2**53)
-    round: int = Field(ge=0, le=1_000_000)
-    attempt: int = Field(ge=1, le=1000)
-    farm: FarmName
-    base: Digest
-    mask: Digest
     label: Label
-    examples: int = Field(ge=1, le=10**9, description="images of the test part")
-    accuracy: Ratio
-    f1: Ratio
-    seconds: Finite = Field(ge=0)
 
 
 class Refusal(Message):

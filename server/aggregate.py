@@ -3,19 +3,24 @@
     mean_n = sum_i w_i x_in / sum_i w_i        FedAvg (McMahan et al. 2017), w_i = examples
 
 Sums run over farms in node order in float64, so the order of arrival, the chunk and the number of
-slices cannot change a bit of the result. However many replies there are, one chunk of one update
-is in memory beside the result.
+slices cannot change a bit of the result. However many replies there are, one chunk of numbers is
+in memory beside the result. What resists lying farms is in server/robust.py.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from common import codec
 from common.codec import Bytes, Floats, Header, Read
+from common.config import Aggregation
 from common.errors import ConfigError, ProtocolError, RejectReason, StateError
+from server import robust
+from server.robust import Doubles
+
+Source: TypeAlias = tuple[Read, Header]
 
 CHUNK = 1 << 20
 
@@ -41,35 +46,45 @@ def aggregate(
     base: str | None = None,
     chunk: int = CHUNK,
     clip: float | None = None,
+    rule: Aggregation = "mean",
+    liars: float = 0.2,
 ) -> Floats:
-    """Weighted mean of decoded updates.
+    """One update from many.
 
     Args:
         readers: the updates, in any order, one per node.
-        weights: one positive weight per reader.
+        weights: one positive weight per reader; median and trimmed mean count each farm once.
         count: numbers in an update, n.
         base: digest that all updates must be based on; ``None``: any.
-        chunk: numbers decoded at a time.
+        chunk: numbers decoded at a time, of one update (mean) or of all together (robust rules).
         clip: updates whose L2 norm exceeds ``clip`` times the median norm are scaled down to it;
             ``None``: no clipping.
+        rule: how updates are merged; see server/robust.py.
+        liars: share of farms that a robust rule is to withstand, below 1/2.
 
     Returns:
         fp32 (n,).
 
     Raises:
-        ConfigError: ``clip`` is not above 0.
+        ConfigError: ``clip`` is not above 0, ``liars`` is not in [0, 1/2) or the rule is unknown.
         StateError: there is nothing to aggregate, a node occurs twice, or a weight is not positive.
         ProtocolError: an update does not fit; it should have been refused when it arrived.
     """
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"updates are clipped to a multiple of their median norm, not {clip}")
     entries = _in_node_order(readers, weights)
     headers = [_header(reader, base, count) for reader, _ in entries]
-    shares = np.array([weight for _, weight in entries], dtype=np.float64)
-    shares /= shares.sum()
     sources = [(reader.read, header) for (reader, _), header in zip(entries, headers, strict=True)]
+    shares = np.array([weight for _, weight in entries], dtype=np.float64)
+    factors = np.ones(len(sources))
     if clip is not None:
-        if not clip > 0:
-            raise ConfigError(f"updates are clipped to a multiple of their median norm, not {clip}")
-        shares *= _clip_factors([_norm(*source, chunk) for source in sources], clip)
+        factors = _clip_factors([_norm(*source, chunk) for source in sources], clip)
+    if rule == "mean":
+        return _mean(sources, shares / shares.sum() * factors, count, chunk)
+    return robust.merge(_Stack(sources, factors, count, chunk), shares, rule, liars)
+
+
+def _mean(sources: Sequence[Source], shares: Doubles, count: int, chunk: int) -> Floats:
     mean = np.empty(count, dtype=np.float32)
     for start in range(0, count, chunk):
         stop = min(start + chunk, count)
@@ -78,6 +93,20 @@ def aggregate(
             total += share * codec.decode_slice(read, header, start, stop)
         mean[start:stop] = total
     return mean
+
+
+class _Stack:
+    """Clipped updates side by side, (F, part of n) float64, a chunk of all numbers at a time."""
+
+    def __init__(self, sources: Sequence[Source], factors: Doubles, count: int, chunk: int) -> None:
+        self._sources, self._factors, self.count = sources, factors, count
+        self._width = max(1, chunk // len(sources))
+
+    def __iter__(self) -> Iterator[tuple[slice, Doubles]]:
+        for start in range(0, self.count, self._width):
+            stop = min(start + self._width, self.count)
+            rows = [codec.decode_slice(*source, start, stop) for source in self._sources]
+            yield slice(start, stop), np.stack(rows) * self._factors[:, None]
 
 
 def validate_update(

@@ -97,16 +97,23 @@ class RoundCloser:
         self, replies: Sequence[ReplyRow], model: VisionTransformer, base: str
     ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """The aggregated, coded step, applied to ``model`` as every farm will apply it."""
-        train = self._config.train
+        train, rules = self._config.train, self._config.rounds
         layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
         readers = [self._spool.open(Path(row.path)) for row in replies]
         weights = [float(row.examples) for row in replies]
         try:
-            mean = aggregate(readers, weights, count=layout.count)
+            merged = aggregate(
+                readers,
+                weights,
+                count=layout.count,
+                clip=rules.clip,
+                rule=rules.aggregation,
+                liars=rules.liars,
+            )
         finally:
             for reader in readers:
                 reader.close()
-        step = codec.encode(mean, base, bits=train.update_bits)
+        step = codec.encode(merged, base, bits=train.update_bits)
         codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
         return step
 

@@ -53,12 +53,8 @@ class Crowd:
         if isinstance(request, AlignRequest):
             values = self._rng.standard_normal(self._count, dtype=np.float32)
             return AlignReply(
-                run=request.run,
-                round=request.round,
-                attempt=request.attempt,
+                **request.identity(),
                 farm=farm,
-                base=request.base,
-                mask=request.mask,
                 examples=10,
                 accuracy=0.5,
                 f1=0.5,
@@ -69,12 +65,8 @@ class Crowd:
             )
         if request.kind == "evaluate":
             return EvaluateReply(
-                run=request.run,
-                round=request.round,
-                attempt=request.attempt,
+                **request.identity(),
                 farm=farm,
-                base=request.base,
-                mask=request.mask,
                 label=request.label,
                 examples=10,
                 accuracy=0.5,
