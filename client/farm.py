@@ -154,7 +154,9 @@ class Farm:
         base = self._bring_up(request)
         classifier = self._refit(base)
         judged = self._judge(base, classifier)
-        aligned, scores = self._learn(request, base, classifier)
+        anchors = None if request.anchors is None else Anchors.from_bytes(request.anchors.tobytes())
+        scores = self._score(request, base, classifier, anchors)
+        aligned = self._learn(request, base, classifier, anchors)
         layout = codec.layout_of(base.model, list(aligned.delta))
         bits = request.train.update_bits
         update = codec.encode(layout.flatten(aligned.delta), request.base, bits=bits)
@@ -177,13 +179,23 @@ class Farm:
             neuron_importance=encode_neurons(scores.neuron_importance) if scores else None,
         )
 
+    def _score(
+        self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None
+    ) -> FarmScores | None:
+        """Scores of the shared backbone, where they are asked for.
+
+        Before alignment: once the classifier has learnt its images by heart, the few that it still
+        misses would decide which heads matter.
+        """
+        if not request.score:
+            return None
+        batches = self._folder.fit.batches(base.spec, request.train.batch_size)
+        return score_units(base.model, classifier, batches, anchors, autocast=self._autocast)
+
     def _learn(
-        self, request: AlignRequest, base: Base, classifier: nn.Linear
-    ) -> tuple[Aligned, FarmScores | None]:
-        anchors = None
-        if request.anchors is not None:
-            anchors = Anchors.from_bytes(request.anchors.tobytes())
-        aligned = align(
+        self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None
+    ) -> Aligned:
+        return align(
             base.model,
             classifier,
             self._folder.fit,
@@ -193,10 +205,6 @@ class Farm:
             seed=self._seed(request, request.round),
             autocast=self._autocast,
         )
-        if not request.score:
-            return aligned, None
-        batches = self._folder.fit.batches(base.spec, request.train.batch_size)
-        return aligned, score_units(base.model, classifier, batches, anchors)
 
     # --- a report --------------------------------------------------------------------------
 

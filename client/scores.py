@@ -44,6 +44,8 @@ def score_units(
     classifier: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     anchors: Anchors | None,
+    *,
+    autocast: bool = False,
 ) -> FarmScores:
     """Score every unit on a farm's images with one forward and one backward pass of each.
 
@@ -52,6 +54,7 @@ def score_units(
         classifier: (B,C) -> (B,K), fitted to the backbone.
         batches: images (B,3,S,S) and labels (B,); results do not depend on how they are cut.
         anchors: of the same backbone; without them ``head_mmd2`` is zero.
+        autocast: forward in bfloat16; sums stay in full precision.
 
     Raises:
         DataError: no images, or one image only where anchors are given.
@@ -63,7 +66,10 @@ def score_units(
     statistics, images_seen = Statistics(), 0
     with evaluation_mode(model, classifier), _without_gradients(model, classifier):
         for images, labels in batches:
-            importance, taps = _score_batch(model, classifier, images.to(device), labels.to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                importance, taps = _score_batch(
+                    model, classifier, images.to(device), labels.to(device)
+                )
             totals = list(map(torch.add, totals, importance)) if totals else importance
             images_seen += len(images)
             if anchors is not None:
@@ -85,7 +91,7 @@ def _score_batch(
     gates = Gates.ones(model, len(images), requires_grad=True)
     with torch.enable_grad(), gate_units(model, gates), tap_heads(model) as taps:
         # Summed, not averaged: each row of the gradient is then its own image's.
-        loss = functional.cross_entropy(classifier(model(images)), labels, reduction="sum")
+        loss = functional.cross_entropy(classifier(model(images)).float(), labels, reduction="sum")
         at = [*gates.heads, *gates.neurons]
         gradients = torch.autograd.grad(loss, at)
     return (

@@ -48,9 +48,9 @@ class PlanConfig(Section):
     prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
     prune_events: int = Field(default=2, ge=1, le=100)
     warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
-    exponent: float = Field(default=0.25, ge=0, le=10, description="a in importance*invariance^a")
+    exponent: float = Field(default=0.0, ge=0, le=10, description="a in importance*invariance^a")
     compensation: Literal["none", "bias", "least_squares"] = Field(
-        default="bias", description="how what was cut is made up for, on source images"
+        default="least_squares", description="how what was cut is made up for, on source images"
     )
     kappa: float = Field(default=0.25, ge=0, le=1, description="share of the maximum over farms")
     consensus: Literal["mean", "median", "trimmed"] = "mean"

@@ -116,7 +116,7 @@ def test_probe_local_and_final_report_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_macs_budget_removes_heads_and_neurons_and_is_kept(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, prune_macs=0.4, compensation="least_squares")
+    lab = Lab(tmp_path, prune_macs=0.4, compensation="bias")
     lab.run()
     store = lab.store()
     last = store.last_committed(1)
