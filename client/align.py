@@ -49,6 +49,7 @@ def align(
     seed: int,
     autocast: bool,
     epochs: int | None = None,
+    max_steps: int | None = None,
 ) -> Aligned:
     """Train ``config.trainable`` of a backbone, and its classifier, on a farm's fit part.
 
@@ -62,6 +63,7 @@ def align(
         seed: of order and augmentation; the same seed gives the same delta.
         autocast: forward in bfloat16.
         epochs: instead of ``config.epochs``.
+        max_steps: ends earlier.
 
     Raises:
         QualityError: the loss is no longer finite.
@@ -86,6 +88,7 @@ def align(
             autocast=autocast,
             penalty=penalty if use_dal or config.proximal > 0 else None,
             epochs=passes,
+            max_steps=max_steps,
         )
     delta = {name: (parameters[name].detach() - start[name]).float() for name in names}
     last = penalty.seen[-max(1, log.steps // passes) :]

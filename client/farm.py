@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from client.align import Aligned, align
 from client.scores import FarmScores, score_units
 from client.state import FarmState
+from client.turns import turn
 from common import backbone, codec, fit
 from common.anchors import Anchors
 from common.config import FarmConfig
@@ -68,7 +69,7 @@ class Farm:
     """One farm: its settings, images and state."""
 
     def __init__(self, config: FarmConfig, folder: FarmFolder, state: FarmState) -> None:
-        self.name = config.farm.name
+        self.name, self._settings = config.farm.name, config.farm
         self._folder = folder
         self._state = state
         self._autocast = config.farm.precision == "bf16" or (
@@ -94,7 +95,10 @@ class Farm:
         try:
             if isinstance(request, HelloRequest):
                 return self._hello()
-            with bound(run=request.run, round=request.round, farm=self.name):
+            with (
+                bound(run=request.run, round=request.round, farm=self.name),
+                turn(self._settings.turns, self._settings.places),
+            ):
                 return self._work(request)
         except MissingBaseError as error:
             return Refusal(reason="missing_base", detail=str(error))
@@ -172,6 +176,8 @@ class Farm:
             f1=judged.f1,
             loss=aligned.loss,
             dal=aligned.dal,
+            steps=aligned.steps,
+            train_seconds=aligned.seconds,
             seconds=time.monotonic() - started,
             update=update,
             head_importance=scores.head_importance if scores else None,
@@ -204,6 +210,7 @@ class Farm:
             anchors,
             seed=self._seed(request, request.round),
             autocast=self._autocast,
+            max_steps=request.steps,
         )
 
     # --- a report --------------------------------------------------------------------------
@@ -223,8 +230,11 @@ class Farm:
                 autocast=self._autocast,
             )
             log.info("%s: local round %d of %d", self.name, number, request.local_rounds)
-        judged = self._judge_test(base, keep=request.local_rounds == 0)
-        self._state.save_report(request.label, request.base, judged.correct.tolist())
+        if request.part == "decide":
+            judged = self._judge(base, self._refit(base))
+        else:
+            judged = self._judge_test(base, keep=request.local_rounds == 0)
+            self._state.save_report(request.label, request.base, judged.correct.tolist())
         log.info("%s report %s: accuracy %.3f", self.name, request.label, judged.accuracy)
         return EvaluateReply(
             **request.identity(),

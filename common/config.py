@@ -54,6 +54,9 @@ class PlanConfig(Section):
     )
     kappa: float = Field(default=0.25, ge=0, le=1, description="share of the maximum over farms")
     consensus: Literal["mean", "median", "trimmed"] = "mean"
+    max_drop_ratio: float = Field(
+        default=0.05, ge=0, le=1, description="accuracy a prune event may cost after its recovery"
+    )
     heads_per_neurons: float = Field(
         default=0.7, gt=0, le=10, description="share of heads dropped per share of neurons dropped"
     )
@@ -81,6 +84,28 @@ class RoundConfig(Section):
     deadline_seconds: float = Field(default=1800.0, gt=0, description="per farm, from its request")
     grace_seconds: float = Field(default=10.0, ge=0, description="waited for more after quorum")
     attempts: int = Field(default=3, ge=1, le=100, description="requests per farm and round")
+    attempt_seconds: float | None = Field(
+        default=None, gt=0, description="wait before asking again; default: deadline / attempts"
+    )
+    mode: Literal["sync", "async"] = Field(
+        default="sync", description="async: a new candidate after every `buffer` replies"
+    )
+    buffer: int = Field(default=10, ge=1, description="replies per candidate in async mode")
+    sample: int | None = Field(
+        default=None, ge=1, description="farms asked per round; all if unset"
+    )
+    staleness: int = Field(
+        default=0, ge=0, le=1000, description="rounds by which a reply may be late; 0: discard it"
+    )
+    staleness_exponent: float = Field(
+        default=0.5, ge=0, le=10, description="a late reply weighs (1 + rounds late)^-exponent"
+    )
+    step_budget: bool = Field(
+        default=False, description="slow farms take fewer steps, to arrive with the others"
+    )
+    strikes: int = Field(
+        default=3, ge=1, description="bad replies in a row after which a farm is paused"
+    )
     max_in_flight: int = Field(default=64, ge=1, le=10_000, description="farms at work at once")
     min_farms: int = Field(default=1, ge=1, description="farms that must be online to start")
     max_reply_bytes: int = Field(default=200_000_000, ge=1)
@@ -91,6 +116,11 @@ class RoundConfig(Section):
     liars: float = Field(
         default=0.2, ge=0, lt=0.5, description="share of farms a robust rule withstands"
     )
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long one request may stay without an answer before another is sent."""
+        return self.attempt_seconds or self.deadline_seconds / self.attempts
 
 
 class BackboneConfig(Section):
@@ -137,6 +167,10 @@ class FarmSection(Section):
     per_class: int | None = Field(default=None, ge=5, description="few-shot: training images used")
     seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads; 0: all")
+    turns: Path | None = Field(
+        default=None, description="folder shared by farms on one machine: they take turns at work"
+    )
+    places: int = Field(default=1, ge=1, le=256, description="farms at work at once, with turns")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 for training where the hardware has it"
     )

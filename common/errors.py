@@ -52,6 +52,7 @@ class RejectReason(StrEnum):
     OVERSIZED = "oversized"
     DUPLICATE = "duplicate"
     REFUSED = "refused"
+    LATE = "late"
     LOST = "lost"
 
 

@@ -1,8 +1,10 @@
 """State on disk: written whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import StateError
@@ -29,6 +31,24 @@ def write_atomically(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
         raise StateError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold ``path`` as a lock; the system lets go of it however the process ends.
+
+    Raises:
+        StateError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"another process works in '{path.parent}'; wait until it ends"
+            ) from None
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ backbone; being convex, it has one answer and needs no seed.
 Shape legend: N images, C feature width, K classes, B batch.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -197,6 +198,7 @@ def train_epochs(
     autocast: bool = False,
     penalty: Callable[[], Tensor] | None = None,
     epochs: int,
+    max_steps: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> TrainingLog:
     """Train parts of a backbone and its classifier in place, by cross-entropy plus a penalty.
@@ -216,6 +218,7 @@ def train_epochs(
         autocast: forward in bfloat16; weights, losses and steps stay float32.
         penalty: called after every forward pass, its scalar is added to the loss.
         epochs: passes over the part.
+        max_steps: ends earlier; the rates follow their course over these steps.
         on_step: told about every step.
 
     Raises:
@@ -224,16 +227,18 @@ def train_epochs(
     """
     started = time.monotonic()
     total = epochs * part.batch_count(config.batch_size, train=True)
+    total = total if max_steps is None else min(total, max_steps)
     loop = _Loop(model, classifier, config, autocast, penalty)
     sums, number = np.zeros(3), 0
     with _only_trainable(model, trainable) as chosen, _mode(model, training=True):
         optimiser = _optimiser(chosen, classifier, config)
         for epoch in range(epochs):
+            if number >= total:
+                break
             sums = np.zeros(3)
             epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-            for images, labels in part.batches(
-                spec, config.batch_size, train=True, seed=epoch_seed
-            ):
+            batches = part.batches(spec, config.batch_size, train=True, seed=epoch_seed)
+            for images, labels in itertools.islice(batches, total - number):
                 _set_rate(optimiser, number, total)
                 loss, extra = loop.step(images, labels, optimiser, number)
                 sums += np.array([loss, extra, 1.0]) * len(labels)

@@ -91,6 +91,7 @@ class AlignRequest(Work):
     train: TrainConfig
     anchors: Bytes | None = Field(default=None, description="safetensors; absent without DAL")
     score: bool = Field(default=False, description="also score every head and MLP neuron")
+    steps: int | None = Field(default=None, ge=1, description="at most so many; None: all epochs")
 
 
 class Done(Message):
@@ -118,6 +119,8 @@ class AlignReply(Done):
     kind: Literal["align_reply"] = "align_reply"
     loss: Finite = Field(description="mean training loss of the last epoch")
     dal: Finite
+    steps: int = Field(ge=1, le=10**9, description="steps of training")
+    train_seconds: Finite = Field(ge=0, description="spent on those steps")
     update: Bytes
     head_importance: Floats | None = Field(default=None, description="(sum of heads,)")
     head_mmd2: Floats | None = Field(default=None, description="(sum of heads,)")
@@ -127,18 +130,20 @@ class AlignReply(Done):
 class EvaluateRequest(Work):
     """Refit the classifier to the base and report on the whole test part.
 
+    ``part`` "decide" asks for what a decision is made on instead; nothing else may open "test".
     With ``local_rounds`` the farm first trains alone, as long as that many rounds would (the
     local-only baseline); what it learns is reported and thrown away.
     """
 
     kind: Literal["evaluate"] = "evaluate"
     label: Label
+    part: Literal["test", "decide"] = "test"
     local_rounds: int = Field(default=0, ge=0, le=10_000)
     train: TrainConfig
 
 
 class EvaluateReply(Done):
-    """Accuracy of the base with a refitted classifier on the test part, and its images' number."""
+    """Accuracy of the base with a refitted classifier on that part, and its images' number."""
 
     kind: Literal["evaluate_reply"] = "evaluate_reply"
     label: Label

@@ -15,7 +15,7 @@ W G[:,K] (G[K,K] + eps I)^-1 shrinks small directions away beside a ViT's massiv
 Shapes: R images times tokens, A channels into a layer, O channels out of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +79,20 @@ def prune(
         pruned = build(smaller)
     pruned.load_state_dict(state, assign=True)
     return pruned, smaller
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec, keep: Keep) -> dict[str, Tensor]:
+    """What is left of values shaped like a backbone's parameters, by name, once it is cut.
+
+    Raises:
+        ModelError: ``keep`` names units that ``spec`` does not have.
+    """
+    _require_within(keep, spec)
+    cuts = _cuts(spec, keep)
+    return {
+        name: tensor.index_select(*cuts[name]) if name in cuts else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _require_within(keep: Keep, spec: ModelSpec) -> None:

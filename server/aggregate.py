@@ -1,8 +1,8 @@
-"""Aggregation of spooled updates: chunk by chunk, in node order, in bounded memory.
+"""Aggregation of spooled updates: chunk by chunk, in the order of farms, in bounded memory.
 
     mean_n = sum_i w_i x_in / sum_i w_i        FedAvg (McMahan et al. 2017), w_i = examples
 
-Sums run over farms in node order in float64, so the order of arrival, the chunk and the number of
+Sums run over farms by name in float64, so the order of arrival, the chunk and the number of
 slices cannot change a bit of the result. However many replies there are, one chunk of numbers is
 in memory beside the result. What resists lying farms is in server/robust.py.
 """
@@ -30,7 +30,12 @@ class UpdateReader(Protocol):
 
     @property
     def node(self) -> int:
-        """The farm that sent it."""
+        """The node that sent it."""
+        ...
+
+    @property
+    def farm(self) -> str:
+        """Its name: nodes get new numbers when they start again, and sums depend on the order."""
         ...
 
     def read(self, offset: int, length: int) -> bytes:
@@ -72,7 +77,7 @@ def aggregate(
     """
     if clip is not None and not clip > 0:
         raise ConfigError(f"updates are clipped to a multiple of their median norm, not {clip}")
-    entries = _in_node_order(readers, weights)
+    entries = _by_farm(readers, weights)
     headers = [_header(reader, base, count) for reader, _ in entries]
     sources = [(reader.read, header) for (reader, _), header in zip(entries, headers, strict=True)]
     shares = np.array([weight for _, weight in entries], dtype=np.float64)
@@ -129,10 +134,12 @@ def validate_update(
     return norm
 
 
-def _in_node_order(
+def _by_farm(
     readers: Sequence[UpdateReader], weights: Sequence[float]
 ) -> list[tuple[UpdateReader, float]]:
-    entries = sorted(zip(readers, weights, strict=True), key=lambda entry: entry[0].node)
+    entries = sorted(
+        zip(readers, weights, strict=True), key=lambda entry: (entry[0].farm, entry[0].node)
+    )
     nodes = [reader.node for reader, _ in entries]
     if not entries:
         raise StateError("no reply to aggregate; the round cannot be closed")

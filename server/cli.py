@@ -1,8 +1,8 @@
 """``fieldfed-server``: the commands of an operator."""
 
 import json
-import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,19 +97,26 @@ def pretrain_base(folder: Folder, log: LogOption = "text") -> None:
 
 @app.command(epilog="Example: fieldfed-server up network")
 def up(folder: Folder, log: LogOption = "text") -> None:
-    """Start SuperLink and SuperExec and keep them alive until Ctrl-C."""
+    """Start SuperLink and SuperExec, keep them and the run alive until Ctrl-C.
+
+    A run that a crash or a power cut has interrupted continues by itself.
+    """
     logs.start_logging(log)
     config = _settings(folder)
 
     from server.launch import serve
+    from server.runs import CHECK_SECONDS, Keeper
 
-    with serve(config, folder):
+    with serve(config, folder) as network:
         print(
             f"network {config.server.name} is up on {config.server.host}:{config.server.port}; "
             f"in another terminal: fieldfed-server train {folder}",
             flush=True,
         )
-        signal.pause()
+        keeper = Keeper(network)
+        while True:
+            keeper.check()
+            time.sleep(CHECK_SECONDS)
 
 
 @app.command(
@@ -154,6 +161,21 @@ def status(
         print(json.dumps(values, indent=2, sort_keys=True))
     else:
         Console().print(show(values))
+
+
+@app.command(epilog="Example: fieldfed-server readmit network apple")
+def readmit(
+    folder: Folder, farm: Annotated[str, typer.Argument(help="name of a paused farm")]
+) -> None:
+    """Ask a farm again that was paused because its replies were bad several times in a row."""
+    from server.store import Store
+
+    path = folder / "fieldfed.db"
+    if not path.is_file():
+        raise StateError(f"no run in '{folder}' yet, so no farm is paused")
+    with Store.open(path) as store:
+        store.readmit(farm)
+    print(f"farm {farm} is asked again from the next round on")
 
 
 @app.command(epilog="Example: fieldfed-server report network --out report.html")

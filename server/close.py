@@ -23,9 +23,10 @@ from common.spec import ModelSpec
 from common.surgery import collect_moments, prune_compensated
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
+from server.guard import accuracies
 from server.models import Models
 from server.spool import Spool
-from server.store import CandidateRow, ReplyRow, ScoreRow, Store
+from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,15 @@ class Base:
 
     digest: str
     mask: Mask
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a round asks of farms: alignment on a base and, in a score round, scores."""
+
+    number: int
+    base: Base
+    scored: bool
 
 
 class RoundCloser:
@@ -59,27 +69,34 @@ class RoundCloser:
         self._config, self._dense, self._source = config, dense, source
         self._models, self._spool, self._store = models, spool, store
 
-    def close(self, run: int, number: int, base: Base, scored: bool, budget: Budget | None) -> Base:
-        """Aggregate, perhaps prune, commit; returns the new training base."""
+    def close(
+        self,
+        run: int,
+        work: Work,
+        budget: Budget | None = None,
+        verdict: VerdictRow | None = None,
+    ) -> Base:
+        """Aggregate, perhaps prune, commit; returns the new training base.
+
+        Args:
+            run: of the round.
+            work: what was asked.
+            budget: of the prune event that ends the round, if one does.
+            verdict: on the last event; committed along.
+        """
+        number, base = work.number, work.base
         replies = self._store.replies(run, number)
         model, spec = self._models.load(base.digest)
         step = self._step(replies, model, base.digest)
         digest = self._models.save(model, spec, step)
-        farms = self._score(run, replies, spec) if scored else {}
+        farms = self._score(run, replies, spec) if work.scored else {}
         agreed = self._agree(replies, farms)
         mask = base.mask
         if budget is not None and agreed is not None:
-            mask = choose_mask(agreed, base.mask, self._dense, budget)
+            mask = self._choose(run, agreed, base.mask, budget)
+        if mask != base.mask:
             model, spec, digest = self._cut(model, spec, base.mask, mask)
-        candidate = CandidateRow(
-            digest=digest,
-            parent=base.digest,
-            mask=mask.digest,
-            spec_json=spec.to_json(),
-            macs=backbone.macs(spec),
-            params=backbone.parameters(model),
-            path=str(self._models.path(digest)),
-        )
+        candidate = self._candidate(model, spec, digest, base.digest, mask)
         self._store.commit_round(
             run,
             number,
@@ -88,10 +105,43 @@ class RoundCloser:
             scores=self._rows(agreed, farms, replies, base.mask),
             macs_ratio=candidate.macs / backbone.macs(self._dense),
             heads_kept_ratio=mask.heads_kept_ratio,
-            mean_accuracy=float(np.mean([row.accuracy for row in replies])),
+            mean_accuracy=_mean(list(accuracies(replies).values())),
+            verdict=verdict,
         )
         self._spool.discard_round(run, number)
         return Base(digest, mask)
+
+    def restore(self, run: int, number: int, base: Base, verdict: VerdictRow) -> Base:
+        """End a round whose verdict undoes a cut: ``base``, of before the cut, comes back.
+
+        What farms sent in this round stands on the undone backbone and is thrown away.
+        """
+        model, spec = self._models.load(base.digest)
+        candidate = self._candidate(model, spec, base.digest, base.digest, base.mask)
+        self._store.commit_round(
+            run,
+            number,
+            candidate=candidate,
+            macs_ratio=candidate.macs / backbone.macs(self._dense),
+            heads_kept_ratio=base.mask.heads_kept_ratio,
+            mean_accuracy=_mean(list(accuracies(self._store.replies(run, number)).values())),
+            verdict=verdict,
+        )
+        self._spool.discard_round(run, number)
+        return base
+
+    def _candidate(
+        self, model: VisionTransformer, spec: ModelSpec, digest: str, parent: str, mask: Mask
+    ) -> CandidateRow:
+        return CandidateRow(
+            digest=digest,
+            parent=parent,
+            mask=mask.digest,
+            spec_json=spec.to_json(),
+            macs=backbone.macs(spec),
+            params=backbone.parameters(model),
+            path=str(self._models.path(digest)),
+        )
 
     def _step(
         self, replies: Sequence[ReplyRow], model: VisionTransformer, base: str
@@ -100,7 +150,7 @@ class RoundCloser:
         train, rules = self._config.train, self._config.rounds
         layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
         readers = [self._spool.open(Path(row.path)) for row in replies]
-        weights = [float(row.examples) for row in replies]
+        weights = [row.examples * self._freshness(row) for row in replies]
         try:
             merged = aggregate(
                 readers,
@@ -117,6 +167,10 @@ class RoundCloser:
         codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
         return step
 
+    def _freshness(self, row: ReplyRow) -> float:
+        """Weight of a reply by its age (FedAsync, Xie et al., 2019): (1 + rounds late)^-a."""
+        return float((1 + row.round - row.of_round) ** -self._config.rounds.staleness_exponent)
+
     # --- consensus -------------------------------------------------------------------------
 
     def _score(
@@ -125,8 +179,9 @@ class RoundCloser:
         """Each farm's scores by node; the scale tau is frozen at the run's first score round."""
         parts = {}
         for row in replies:
-            with self._spool.open(Path(row.path)) as reader:
-                parts[row.node] = reader.scores()
+            if row.of_round == row.round:
+                with self._spool.open(Path(row.path)) as reader:
+                    parts[row.node] = reader.scores()
         tau = self._store.tau(run)
         if tau is None:
             tau = median_tau([part.head_mmd2 for part in parts.values()])
@@ -149,7 +204,7 @@ class RoundCloser:
         if not farms:
             return None
         plan = self._config.plan
-        weighed = [(row.examples, farms[row.node]) for row in replies]
+        weighed = [(row.examples, farms[row.node]) for row in replies if row.node in farms]
         return consensus(weighed, kappa=plan.kappa, rule=plan.consensus)
 
     def _rows(
@@ -166,6 +221,15 @@ class RoundCloser:
         for node, scores in farms.items():
             rows.append(ScoreRow(farm=names[node], mask=mask.digest, heads=scores.flat_heads()))
         return rows
+
+    def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
+        """The mask of a prune event; one that was undone in this run is not tried again."""
+        mask = choose_mask(agreed, before, self._dense, budget)
+        undone = {row.mask for row in self._store.verdicts(run) if not row.accepted}
+        if mask.digest in undone:
+            log.warning("the same mask was undone before; nothing is removed")
+            return before
+        return mask
 
     # --- prune event -----------------------------------------------------------------------
 
@@ -185,3 +249,7 @@ class RoundCloser:
         digest = self._models.save(pruned, pruned_spec)
         log.info("pruned to %.0f %% of heads: %s", 100 * after.heads_kept_ratio, digest[:12])
         return pruned, pruned_spec, digest
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

@@ -1,11 +1,17 @@
 """Ask farms and gather their answers: one exchange, with quorum, deadline and retries.
 
-Delivery is at most once, so a lost request is sent again as a new message. At most
-``max_in_flight`` farms work at once, and a farm's deadline starts when its request is sent. The
-exchange ends when every farm has answered or given up, or ``grace_seconds`` after the quorum.
+Delivery is at most once, so a request without an answer is sent again as a new message: at once
+lost ones after a jittered back-off, silent ones after ``attempt_seconds``. A farm that has done
+the work answers a repeated request from disk, and only its first answer counts. At most
+``max_in_flight`` farms work at once, and a farm's deadline starts when it is first asked.
+
+The exchange ends when every farm has answered or given up, or ``grace_seconds`` after the quorum.
+Farms that are still at work then are *owed*: a later exchange takes their answers when they come,
+and does not ask them before.
 """
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,14 +24,20 @@ from server.link import Clock, Delivery, FarmLink
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 30.0
 
 
 class Verdict(Enum):
     """What becomes of a farm after one of its replies."""
 
     ACCEPTED = "accepted"
+    FOLDED = "folded"
+    """Done for this exchange, but it does not count towards the quorum."""
     REJECTED = "rejected"
     RETRY = "retry"
+
+
+Accept = Callable[[int, int, Reply, int], Verdict]
 
 
 @dataclass(frozen=True)
@@ -33,115 +45,210 @@ class Exchange:
     """What is asked of whom, and what to do with the answers.
 
     Attributes:
-        nodes: the farms to ask.
+        nodes: the farms to ask, in this order where they have to take turns.
         request: makes the request for (node, attempt).
         accept: judges (node, attempt, reply, size in bytes).
         sent: told of (node, attempt, size in bytes) for every message sent.
         fault: told of (node, reason, detail) for every message lost or malformed.
+        late: judges an answer owed from an earlier exchange, as ``accept`` does.
     """
 
     nodes: Sequence[int]
     request: Callable[[int, int], Request]
-    accept: Callable[[int, int, Reply, int], Verdict]
+    accept: Accept
     sent: Callable[[int, int, int], None]
     fault: Callable[[int, RejectReason, str], None]
+    late: Accept | None = None
+
+
+@dataclass(frozen=True)
+class Owed:
+    """An answer that a farm still owes from an earlier exchange."""
+
+    node: int
+    attempt: int
+    until: float
 
 
 @dataclass
 class _Farm:
     node: int
     attempt: int = 0
-    message_id: str | None = None
+    flights: dict[str, int] = field(default_factory=dict)
     deadline: float = 0.0
-    outcome: bool | None = None
+    next_at: float = 0.0
 
 
-@dataclass
 class _Progress:
-    farms: dict[int, _Farm]
-    by_message: dict[str, _Farm] = field(default_factory=dict)
-    quorum_at: float | None = None
+    """Farms without an outcome yet, and what is in the air."""
 
-    @property
-    def accepted(self) -> int:
-        return sum(farm.outcome is True for farm in self.farms.values())
+    def __init__(self, nodes: Sequence[int], owed: dict[str, Owed]) -> None:
+        self.open = {node: _Farm(node) for node in nodes}
+        self.owed = owed
+        self.busy = {debt.node for debt in owed.values()}
+        self.by_message: dict[str, _Farm] = {}
+        self.accepted = 0
+        self.at_work = len(self.busy)
+        self.quorum_at: float | None = None
 
-    @property
-    def open(self) -> list[_Farm]:
-        return [farm for farm in self.farms.values() if farm.outcome is None]
+    def launch(self, farm: _Farm, message_id: str) -> None:
+        self.at_work += not farm.flights
+        farm.flights[message_id] = farm.attempt
+        self.by_message[message_id] = farm
+
+    def land(self, message_id: str) -> tuple[_Farm, int] | None:
+        farm = self.by_message.pop(message_id, None)
+        if farm is None:
+            return None
+        attempt = farm.flights.pop(message_id)
+        self.at_work -= not farm.flights
+        return farm, attempt
+
+    def settle(self, farm: _Farm, accepted: bool) -> None:
+        """The farm is done with; whatever else it sends is not waited for."""
+        for message_id in list(farm.flights):
+            self.land(message_id)
+        self.open.pop(farm.node, None)
+        self.accepted += accepted
+
+    def paid(self, message_id: str) -> Owed:
+        """A debt is settled, or forgiven."""
+        debt = self.owed.pop(message_id)
+        if all(other.node != debt.node for other in self.owed.values()):
+            self.busy.discard(debt.node)
+            self.at_work -= 1
+        return debt
 
 
-def collect(link: FarmLink, clock: Clock, rules: RoundConfig, exchange: Exchange) -> int:
-    """Run one exchange; returns how many farms were accepted."""
-    progress = _Progress({node: _Farm(node) for node in sorted(exchange.nodes)})
-    quorum = quorum_of(len(progress.farms), rules)
-    while progress.open and not _closed(progress, quorum, clock.now(), rules):
-        _send_waiting(link, clock, rules, exchange, progress)
-        for delivery in link.poll(list(progress.by_message)):
-            _take(delivery, rules, exchange, progress)
-        _expire(clock.now(), rules, exchange, progress)
-        if progress.open:
-            clock.sleep(POLL_SECONDS)
-    return progress.accepted
+class Collector:
+    """One exchange on a link.
+
+    Args:
+        link: to the farms.
+        clock: time of deadlines.
+        rules: quorum, deadlines, attempts.
+        seed: of the jitter between attempts.
+    """
+
+    def __init__(self, link: FarmLink, clock: Clock, rules: RoundConfig, seed: int = 0) -> None:
+        self._link, self._clock, self._rules = link, clock, rules
+        self._random = random.Random(seed)  # noqa: S311 - jitter is no secret
+
+    def run(self, exchange: Exchange, owed: dict[str, Owed] | None = None) -> int:
+        """Ask and gather.
+
+        Args:
+            exchange: what is asked.
+            owed: answers owed from earlier exchanges, by message; left holding those that are
+                still owed, with the farms that have not answered this one.
+
+        Returns:
+            How many farms were accepted.
+        """
+        owed = {} if owed is None else owed
+        progress = _Progress(exchange.nodes, owed)
+        quorum = quorum_of(len(progress.open), self._rules)
+        while progress.open and not self._closed(progress, quorum):
+            self._send_waiting(exchange, progress)
+            for delivery in self._link.poll([*progress.by_message, *progress.owed]):
+                if delivery.message_id in progress.owed:
+                    self._take_late(delivery, exchange, progress)
+                else:
+                    self._take(delivery, exchange, progress)
+            self._expire(exchange, progress)
+            if progress.open:
+                self._clock.sleep(POLL_SECONDS)
+        for farm in progress.open.values():
+            for message_id, attempt in farm.flights.items():
+                owed[message_id] = Owed(farm.node, attempt, farm.deadline)
+        return progress.accepted
+
+    def _closed(self, progress: _Progress, quorum: int) -> bool:
+        if progress.accepted < quorum:
+            return False
+        now = self._clock.now()
+        if progress.quorum_at is None:
+            progress.quorum_at = now
+        grace = 0.0 if self._rules.mode == "async" else self._rules.grace_seconds
+        return now >= progress.quorum_at + grace
+
+    def _send_waiting(self, exchange: Exchange, progress: _Progress) -> None:
+        online, now, rules = set(self._link.online()), self._clock.now(), self._rules
+        for farm in list(progress.open.values()):
+            if farm.node in progress.busy or now < farm.next_at:
+                continue
+            if farm.attempt == 0 and (not farm.deadline or farm.node in online):
+                # queued is not late; but a farm that stays offline does not hold the round for ever
+                farm.deadline = now + rules.deadline_seconds
+            if farm.node not in online or farm.attempt >= rules.attempts:
+                continue
+            if not farm.flights and progress.at_work >= rules.max_in_flight:
+                continue
+            farm.attempt += 1
+            left = farm.deadline - now
+            sent = self._link.send(farm.node, exchange.request(farm.node, farm.attempt), left)
+            progress.launch(farm, sent.message_id)
+            farm.next_at = now + self._jittered(rules.patience_seconds)
+            exchange.sent(farm.node, farm.attempt, sent.size_bytes)
+
+    def _jittered(self, seconds: float) -> float:
+        return seconds * self._random.uniform(0.8, 1.2)
+
+    def _take(self, delivery: Delivery, exchange: Exchange, progress: _Progress) -> None:
+        landed = progress.land(delivery.message_id)
+        if landed is None:
+            return
+        farm, attempt = landed
+        verdict = _judge(delivery, farm.node, attempt, exchange, exchange.accept)
+        if verdict in (Verdict.ACCEPTED, Verdict.FOLDED):
+            progress.settle(farm, verdict is Verdict.ACCEPTED)
+        elif verdict is Verdict.REJECTED:
+            progress.settle(farm, False)
+        elif not farm.flights:
+            if farm.attempt >= self._rules.attempts:
+                progress.settle(farm, False)
+            else:
+                wait = min(BACKOFF_LIMIT, BACKOFF_SECONDS * 2 ** (farm.attempt - 1))
+                farm.next_at = self._clock.now() + self._jittered(wait)
+
+    def _take_late(self, delivery: Delivery, exchange: Exchange, progress: _Progress) -> None:
+        debt = progress.paid(delivery.message_id)
+        accept = exchange.late or (lambda *_: Verdict.RETRY)
+        verdict = _judge(delivery, debt.node, debt.attempt, exchange, accept)
+        farm = progress.open.get(debt.node)
+        if farm is not None and verdict in (Verdict.ACCEPTED, Verdict.FOLDED):
+            progress.settle(farm, verdict is Verdict.ACCEPTED)
+        if delivery.reply is not None:  # repeated requests bring the same answer
+            for message_id in [m for m, o in progress.owed.items() if o.node == debt.node]:
+                progress.paid(message_id)
+
+    def _expire(self, exchange: Exchange, progress: _Progress) -> None:
+        now = self._clock.now()
+        for farm in list(progress.open.values()):
+            if farm.deadline and now >= farm.deadline:
+                progress.settle(farm, False)
+                detail = f"no answer within {self._rules.deadline_seconds:.0f} s"
+                exchange.fault(farm.node, RejectReason.LOST, f"{detail} (attempt {farm.attempt})")
+        for message_id in [m for m, debt in progress.owed.items() if now >= debt.until]:
+            debt = progress.paid(message_id)
+            exchange.fault(debt.node, RejectReason.LOST, "an earlier answer never came")
 
 
 def quorum_of(farms: int, rules: RoundConfig) -> int:
-    """Replies that make a round complete: the configured share, rounded up, at least one."""
+    """Replies that make a round complete, at least one.
+
+    The configured share of the farms asked, rounded up; in asynchronous mode a fixed number.
+    """
+    if rules.mode == "async":
+        return max(1, min(rules.buffer, farms))
     return max(1, -int(-farms * rules.quorum // 1))
 
 
-def _closed(progress: _Progress, quorum: int, now: float, rules: RoundConfig) -> bool:
-    if progress.accepted < quorum:
-        return False
-    if progress.quorum_at is None:
-        progress.quorum_at = now
-    return now >= progress.quorum_at + rules.grace_seconds
-
-
-def _send_waiting(
-    link: FarmLink, clock: Clock, rules: RoundConfig, exchange: Exchange, progress: _Progress
-) -> None:
-    online = set(link.online())
-    for farm in progress.open:
-        if farm.message_id:
-            continue
-        if not farm.deadline or farm.node in online:
-            # queued is not late; but a farm that stays offline does not hold the round for ever
-            farm.deadline = clock.now() + rules.deadline_seconds
-        if farm.node not in online or len(progress.by_message) >= rules.max_in_flight:
-            continue
-        farm.attempt += 1
-        sent = link.send(
-            farm.node, exchange.request(farm.node, farm.attempt), rules.deadline_seconds
-        )
-        farm.message_id, farm.deadline = sent.message_id, clock.now() + rules.deadline_seconds
-        progress.by_message[sent.message_id] = farm
-        exchange.sent(farm.node, farm.attempt, sent.size_bytes)
-
-
-def _take(delivery: Delivery, rules: RoundConfig, exchange: Exchange, progress: _Progress) -> None:
-    farm = progress.by_message.pop(delivery.message_id, None)
-    if farm is None or farm.outcome is not None:
-        return
-    farm.message_id = None
-    if delivery.reply is None:
-        reason = RejectReason.MALFORMED if delivery.malformed else RejectReason.LOST
-        exchange.fault(farm.node, reason, delivery.error or "no reply")
-        verdict = Verdict.REJECTED if delivery.malformed else Verdict.RETRY
-    else:
-        verdict = exchange.accept(farm.node, farm.attempt, delivery.reply, delivery.size_bytes)
-    if verdict is Verdict.ACCEPTED:
-        farm.outcome = True
-    elif verdict is Verdict.REJECTED or farm.attempt >= rules.attempts:
-        farm.outcome = False
-
-
-def _expire(now: float, rules: RoundConfig, exchange: Exchange, progress: _Progress) -> None:
-    for farm in progress.open:
-        if not farm.deadline or now < farm.deadline:
-            continue
-        if farm.message_id:
-            progress.by_message.pop(farm.message_id, None)
-        farm.outcome = False
-        detail = f"no answer within {rules.deadline_seconds:.0f} s (attempt {farm.attempt})"
-        exchange.fault(farm.node, RejectReason.LOST, detail)
+def _judge(
+    delivery: Delivery, node: int, attempt: int, exchange: Exchange, accept: Accept
+) -> Verdict:
+    if delivery.reply is not None:
+        return accept(node, attempt, delivery.reply, delivery.size_bytes)
+    reason = RejectReason.MALFORMED if delivery.malformed else RejectReason.LOST
+    exchange.fault(node, reason, delivery.error or "no reply")
+    return Verdict.REJECTED if delivery.malformed else Verdict.RETRY

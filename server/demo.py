@@ -199,7 +199,9 @@ def _settings(stage: Stage, farms: int) -> ServerConfig:
             prune_macs=options.prune_macs,
         ),
         rounds=RoundConfig(
-            min_farms=farms, max_in_flight=farms if options.drawn else AT_WORK_AT_ONCE
+            # more than work at once: while two train, the next two start and wait for their turn
+            min_farms=farms,
+            max_in_flight=farms if options.drawn else 2 * AT_WORK_AT_ONCE,
         ),
         train=TrainConfig(),
     )
@@ -243,6 +245,8 @@ def _write_farm(stage: Stage, farm: str, folder: Path, config: ServerConfig) -> 
         "superlink": f"{config.server.host}:{config.server.port}",
         "seed": stage.options.seed,
         "threads": max(1, (os.cpu_count() or 1) // AT_WORK_AT_ONCE),
+        "turns": str((stage.options.out / "turns").resolve()),
+        "places": AT_WORK_AT_ONCE,
     }
     if stage.options.per_class is not None:
         values["per_class"] = stage.options.per_class

@@ -145,7 +145,35 @@ _FIRST: Migration = (
     ) STRICT, WITHOUT ROWID""",
 )
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST,)
+# Late replies, farms that are paused, and verdicts on prune events.
+_SECOND: Migration = (
+    # the round that the reply answers; older than ``round`` when it was folded in late
+    "ALTER TABLE replies ADD COLUMN of_round INTEGER NOT NULL DEFAULT 0",
+    "UPDATE replies SET of_round = round",
+    "ALTER TABLE replies ADD COLUMN steps INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE replies ADD COLUMN train_seconds REAL NOT NULL DEFAULT 0",
+    "CREATE UNIQUE INDEX replies_count_once ON replies (run, node, of_round)",
+    "CREATE INDEX rejections_by_node ON rejections (node, received)",
+    "CREATE INDEX replies_by_node ON replies (node, received)",
+    """CREATE TABLE pauses (
+        farm TEXT PRIMARY KEY,
+        reason TEXT NOT NULL,
+        since REAL NOT NULL,
+        readmitted REAL
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE verdicts (
+        run INTEGER NOT NULL REFERENCES runs,
+        event INTEGER NOT NULL,
+        judged INTEGER NOT NULL,
+        accepted INTEGER NOT NULL CHECK (accepted IN (0, 1)),
+        drop_ratio REAL NOT NULL,
+        farms INTEGER NOT NULL,
+        mask TEXT NOT NULL REFERENCES masks,
+        PRIMARY KEY (run, event)
+    ) STRICT, WITHOUT ROWID""",
+)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

@@ -6,6 +6,10 @@ the cubic schedule of Zhu and Gupta (2017, arXiv:1710.01878): most goes first, w
 is redundant, and the last cuts are small. With R rounds and a first event after round f, events
 follow each other every s = floor((R - f) / E) rounds, so at least s rounds of recovery follow the
 last one.
+
+A cut is judged by the replies of the round that ends with the next event, the last one by an
+evaluation after the last round (server/guard.py). When it is not accepted, half of that step is
+tried a round later; when no round of recovery would be left, nothing more is removed.
 """
 
 from common.backbone import macs
@@ -29,14 +33,13 @@ class Plan:
 
     def __init__(self, config: PlanConfig, dense: ModelSpec) -> None:
         self._config, self._dense = config, dense
-        self._budgets: dict[int, Budget] = {}
+        self._shares: dict[int, float] = {}
         if not config.prunes:
             return
         rounds = _event_rounds(config)
         shares = _schedule(_target(config), config.prune_events)
         self._require_cuts(shares)
-        for number, share in zip(rounds, shares, strict=True):
-            self._budgets[number] = self._budget(share)
+        self._shares = dict(zip(rounds, shares, strict=True))
 
     @property
     def rounds(self) -> int:
@@ -46,11 +49,11 @@ class Plan:
     @property
     def events(self) -> tuple[int, ...]:
         """The rounds that end with a prune event, ascending."""
-        return tuple(self._budgets)
+        return tuple(self._shares)
 
     def event_after(self, number: int) -> Budget | None:
         """The budget of the prune event that ends this round; None when it ends without one."""
-        return self._budgets.get(number)
+        return self._budget(self._shares[number]) if number in self._shares else None
 
     def scores_in(self, number: int) -> bool:
         """Whether farms score their units in this round.
@@ -58,7 +61,33 @@ class Plan:
         They do where an event follows, and in round 1 of a run that prunes: the scale of the
         invariance is frozen there, before any alignment has hidden how far a species is.
         """
-        return bool(self._budgets) and (number == 1 or number in self._budgets)
+        return self._config.prunes and (number == 1 or number in self._shares)
+
+    def judged_in(self, number: int) -> int | None:
+        """The event whose cut the replies of this round judge; None when they judge none.
+
+        Number ``rounds + 1`` stands for the evaluation after the last round.
+        """
+        if number not in self._shares and number <= self.rounds:
+            return None
+        return max((event for event in self._shares if event < number), default=None)
+
+    def reject(self, event: int, judged: int) -> None:
+        """The cut after round ``event`` was undone in round ``judged``: plan half of the step."""
+        share = self._shares.pop(event)
+        before = max((number for number in self._shares if number < event), default=None)
+        parent = 1.0 if before is None else self._shares[before]
+        retry, again = judged + 1, (share + parent) / 2
+        self._shares = {n: s for n, s in self._shares.items() if n < event or n > retry}
+        if retry < self.rounds and self._units(again) < self._units(parent):
+            later = {n: s for n, s in self._shares.items() if n < event or s < again}
+            self._shares = dict(sorted((later | {retry: again}).items()))
+
+    def _units(self, share: float) -> int:
+        """Heads, or MACs, that a share of the dense backbone comes to."""
+        if self._config.prune_heads is None:
+            return int(share * macs(self._dense))
+        return round(share * sum(self._dense.heads))
 
     def _budget(self, share: float) -> Budget:
         if self._config.prune_heads is not None:
@@ -69,6 +98,7 @@ class Plan:
         """Every event removes something, and the last leaves every block its minimum."""
         least = self._budget(shares[-1])
         heads, neurons = self._dense.heads, self._dense.neurons
+        cuts = [self._units(share) for share in shares]
         floor = self._dense.with_units(
             tuple(min(count, least.min_heads) for count in heads),
             tuple(min(count, least.min_neurons) for count in neurons),
@@ -76,10 +106,8 @@ class Plan:
         name = "prune_macs" if self._config.prune_heads is None else "prune_heads"
         if self._config.prune_heads is None:
             total, bottom = macs(self._dense), macs(floor)
-            cuts = [int(share * total) for share in shares]
         else:
             total, bottom = sum(heads), sum(floor.heads)
-            cuts = [round(share * total) for share in shares]
         if cuts[-1] < bottom:
             most = 1 - bottom / total
             raise ConfigError(

@@ -1,14 +1,16 @@
 """What farms send, on record: replies, rejections, traffic and reports."""
 
+import json
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import RejectReason, StateError
 from common.messages import AlignReply, EvaluateReply
 from server.database import Database
-from server.rows import RejectionRow, ReplyRow, ReportRow, RoundKind, TrafficRow
+from server.rows import PauseRow, RejectionRow, ReplyRow, ReportRow, RoundKind, TrafficRow
 from server.spool import SpooledReply
 
 
@@ -42,11 +44,11 @@ class Records(Database):
         reply: AlignReply,
         spooled: SpooledReply,
     ) -> bool:
-        """A valid reply that lies in the spool.
+        """A valid reply that lies in the spool, to this round or late to an earlier one.
 
         Returns:
-            False for a second reply of the same farm to the same round: its bytes are counted,
-            and the first one stands.
+            False when the farm's reply to that round counts already, or another of its replies
+            counts in this one: its bytes are counted, and the first one stands.
 
         Raises:
             StateError: the round is not open, or the farm is not known.
@@ -56,17 +58,23 @@ class Records(Database):
         where = (str(spooled.path), spooled.digest)
         with self._writing() as db:
             _count_up(db, run, number, "align", node, size_bytes, now)
-            if any(row.node == node for row in self.replies(run, number)):
+            counted = self._select(
+                "SELECT 1 FROM replies WHERE run = ? AND (node = ? OR farm = ?) "
+                "AND (round = ? OR of_round = ?)",
+                *(run, node, reply.farm, number, reply.round),
+            )
+            if counted:
                 return False
             if self._round_state(run, number) != "open":
                 raise StateError(f"round {number} of run {run} is not open; no reply can be taken")
             db.execute(
                 "INSERT INTO replies (run, round, node, farm, attempt, examples, accuracy, f1, "
-                "loss, dal, seconds, size_bytes, path, digest, received) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "loss, dal, seconds, size_bytes, path, digest, received, of_round, steps, "
+                "train_seconds) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(run, number, node, reply.farm, attempt, reply.examples),
                     *(*metrics, size_bytes, *where, now),
+                    *(reply.round, reply.steps, reply.train_seconds),
                 ),
             )
         return True
@@ -78,6 +86,14 @@ class Records(Database):
             "SELECT * FROM replies WHERE run = ? AND round = ? ORDER BY node",
             run,
             number,
+        )
+
+    def last_replies(self, run: int) -> list[ReplyRow]:
+        """The newest reply of every farm, by node."""
+        return self._all(
+            ReplyRow,
+            "SELECT *, max(round) FROM replies WHERE run = ? GROUP BY node ORDER BY node",
+            run,
         )
 
     def drop_reply(self, run: int, number: int, node: int) -> None:
@@ -121,6 +137,47 @@ class Records(Database):
             )
             for row in found
         ]
+
+    def strikes(self, node: int, farm: str, reasons: Iterable[RejectReason]) -> int:
+        """Rejections for these reasons since the farm's last accepted reply or readmission.
+
+        They add up over runs: a run that nobody answers well ends at its first round.
+        """
+        names = json.dumps(sorted(reason.value for reason in reasons))
+        found = self._select(
+            "SELECT COUNT(*) AS strikes FROM rejections WHERE node = ?1 "
+            "AND reason IN (SELECT value FROM json_each(?3)) AND received > max("
+            "coalesce((SELECT max(received) FROM replies WHERE node = ?1), 0), "
+            "coalesce((SELECT readmitted FROM pauses WHERE farm = ?2), 0))",
+            *(node, farm, names),
+        )
+        return int(found[0]["strikes"])
+
+    def pause(self, farm: str, reason: str) -> None:
+        """Do not ask this farm any more, in this run and later ones."""
+        self._change(
+            "INSERT INTO pauses (farm, reason, since) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "reason = excluded.reason, since = excluded.since, readmitted = NULL",
+            *(farm, reason, time.time()),
+        )
+
+    def readmit(self, farm: str) -> None:
+        """Ask a paused farm again.
+
+        Raises:
+            StateError: it is not paused.
+        """
+        changed = self._change(
+            "UPDATE pauses SET readmitted = ? WHERE farm = ? AND readmitted IS NULL",
+            *(time.time(), farm),
+        )
+        if not changed:
+            paused = ", ".join(row.farm for row in self.pauses()) or "none"
+            raise StateError(f"farm '{farm}' is not paused; paused farms: {paused}")
+
+    def pauses(self) -> list[PauseRow]:
+        """Farms that are not asked, by name."""
+        return self._all(PauseRow, "SELECT * FROM pauses WHERE readmitted IS NULL ORDER BY farm")
 
     def rejection_counts(self, run: int) -> dict[RejectReason, int]:
         """Rejections by reason; reasons that never occurred count 0."""

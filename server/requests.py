@@ -1,11 +1,11 @@
 """Requests made to measure: each farm gets the smallest body that brings it up to date."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from common.config import ServerConfig
 from common.messages import AlignRequest, EvaluateRequest
-from server.close import Base
+from server.close import Base, Work
 from server.models import Models
 
 
@@ -24,23 +24,34 @@ class Requests:
         """A farm said that it lacks what we thought it holds: the next body is whole."""
         self._held[node] = set()
 
-    def align(self, node: int, attempt: int, number: int, base: Base, score: bool) -> AlignRequest:
-        """One round of alignment on ``base``."""
+    def align(
+        self, node: int, attempt: int, work: Work, budgets: Mapping[int, int]
+    ) -> AlignRequest:
+        """One round of alignment, with at most as many steps as the farm's budget."""
         return AlignRequest(
-            **self._work(node, attempt, number, base),
+            **self._work(node, attempt, work.number, work.base),
             train=self._config.train,
-            anchors=self._models.anchors(base.mask.digest),
-            score=score,
+            anchors=self._models.anchors(work.base.mask.digest),
+            score=work.scored,
+            steps=budgets.get(node),
         )
 
     def evaluate(
-        self, node: int, attempt: int, number: int, base: Base, label: str, local_rounds: int
+        self,
+        node: int,
+        attempt: int,
+        number: int,
+        base: Base,
+        label: str,
+        part: Literal["test", "decide"],
+        local_rounds: int,
     ) -> EvaluateRequest:
         """A report on ``base``, or on what the farm learns alone from it."""
         return EvaluateRequest(
             **self._work(node, attempt, number, base),
             train=self._config.train,
             label=label,
+            part=part,
             local_rounds=local_rounds,
         )
 

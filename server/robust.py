@@ -39,7 +39,7 @@ class Stack(Protocol):
 
 
 def merge(updates: Stack, weights: Doubles, rule: Aggregation, liars: float) -> Floats:
-    """One update (n,) from those of ``updates``, rows in node order, with ``weights`` (F,).
+    """One update (n,) from those of ``updates``, rows in the order of farms, with ``weights`` (F,).
 
     Raises:
         ConfigError: ``liars`` is not in [0, 1/2), or the rule is not one of these.
@@ -73,7 +73,7 @@ def _each(updates: Stack, rule: _Rule) -> Floats:
 
 
 def _closest(updates: Stack, farms: int, wrong: int) -> npt.NDArray[np.bool_]:
-    """Which farms multi-Krum keeps: (F,). Ties go to the earlier node."""
+    """Which farms multi-Krum keeps: (F,). Ties go to the earlier farm."""
     neighbours = max(1, farms - wrong - 2)
     if farms <= 2:
         return np.ones(farms, dtype=bool)

@@ -6,36 +6,34 @@ last committed round. The loop speaks to farms through FarmLink alone and takes 
 
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from common import backbone, codec
-from common.config import ServerConfig
-from common.errors import FieldfedError, ProtocolError, RejectReason, StateError
+from common import backbone
+from common.config import RoundConfig, ServerConfig
+from common.errors import FieldfedError, StateError
+from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
-from common.messages import (
-    AlignReply,
-    EvaluateReply,
-    HelloReply,
-    HelloRequest,
-    Label,
-    Refusal,
-    Reply,
-)
-from server.close import Base, RoundCloser, SourceBatches
-from server.collect import Exchange, Verdict, collect, quorum_of
+from common.messages import HelloRequest, Label
+from server.close import Base, RoundCloser, SourceBatches, Work
+from server.collect import Collector, Exchange, Owed, quorum_of
+from server.guard import accuracies, judge
+from server.intake import Intake
 from server.link import Clock, FarmLink
 from server.models import Models
+from server.pace import step_budgets
 from server.plan import Plan
 from server.pretrain import source_batches
 from server.requests import Requests
-from server.rows import RoundKind
+from server.rows import GUARD, RoundKind, VerdictRow
 from server.spool import Spool
 from server.store import Store
-from server.verify import Asked, Expected, check_align, check_evaluate
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ class RunSettings(BaseModel):
     @field_validator("label")
     @classmethod
     def _not_a_baseline(cls, label: str) -> str:
-        if label in ("probe", "local"):
+        if label in ("probe", "local", GUARD):
             raise ValueError(f"'{label}' names a baseline; choose another label")
         return label
 
@@ -79,12 +77,10 @@ def run_rounds(
         FieldfedError: the run cannot go on; it is marked failed with the reason.
     """
     settings = RunSettings.model_validate_json(run_settings.read_text())
-    store = Store.open(state_dir / "fieldfed.db")
-    try:
+    # a server process that outlived its SuperLink must not write beside the one that replaces it
+    with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
         run = start_or_resume(settings, store, Models(state_dir), state_dir)
         RoundLoop(run, settings, link, clock or WallClock(), store, state_dir).go()
-    finally:
-        store.close()
     return run
 
 
@@ -119,13 +115,17 @@ class RoundLoop:
         self._link, self._clock, self._store = link, clock, store
         self._models, self._spool = Models(state_dir), Spool(state_dir / "spool")
         self._spool.sweep(store.spooled_paths(run))
-        self._farms: dict[int, str] = {}
+        self._owed: dict[str, Owed] = {}
         row = store.run(run)
         first = Mask.from_json(row.mask_json)
         self._start = Base(row.base, first)
         self._dense = backbone.read_spec(self._models.path(row.base))
         self._plan = Plan(self._config.plan, self._dense)
+        for verdict in store.verdicts(run):
+            if not verdict.accepted:
+                self._plan.reject(verdict.event, verdict.judged)
         self._requests = Requests(run, self._config, self._models)
+        self._intake = Intake(run, self._config, self._models, self._spool, store, self._requests)
         self._closer = RoundCloser(
             self._config, self._dense, self._models, self._spool, store, self._source()
         )
@@ -152,14 +152,21 @@ class RoundLoop:
         for number in range(done + 1, self._plan.rounds + 1):
             with bound(round=number):
                 base = self._round(number, base)
+        base = self._judge_last(base)
         self._report(self._settings.label, self._plan.rounds, base)
 
     def _committed(self) -> tuple[Base, int]:
         last = self._store.last_committed(self.run)
         if last is None:
             return self._start, 0
-        number, candidate = last
-        return Base(candidate.digest, Mask.from_json(self._store.mask(candidate.mask))), number
+        return self._base_after(last[0]), last[0]
+
+    def _base_after(self, number: int) -> Base:
+        """What a committed round ended with; round 0 is the beginning."""
+        if number == 0:
+            return self._start
+        candidate = self._store.candidates(self.run)[number]
+        return Base(candidate.digest, Mask.from_json(self._store.mask(candidate.mask)))
 
     def _source(self) -> SourceBatches | None:
         folder = self._config.backbone.source
@@ -187,66 +194,98 @@ class RoundLoop:
                 told = True
             self._clock.sleep(1.0)
         self._meet()
-        if not self._farms:
+        if not self._intake.farms:
             raise StateError("no farm answered; 'fieldfed-server status' shows why")
 
     def _meet(self) -> None:
         """Ask farms that we do not know yet who they are and what they hold."""
-        strangers = [node for node in self._link.online() if node not in self._farms]
+        strangers = [node for node in self._link.online() if node not in self._intake.farms]
         if strangers:
             exchange = Exchange(
                 nodes=strangers,
                 request=lambda _node, _attempt: HelloRequest(),
-                accept=self._welcome,
+                accept=self._intake.hello(),
                 sent=lambda _node, _attempt, _size: None,
-                fault=partial(self._quarantine, 0),
+                fault=partial(self._intake.quarantine, 0),
             )
             # a hello trains nothing: nobody needs to wait for a turn
-            rules = self._config.rounds.model_copy(update={"max_in_flight": len(strangers)})
-            collect(self._link, self._clock, rules, exchange)
+            changes = {"max_in_flight": len(strangers), "mode": "sync"}
+            self._ask(exchange, self._config.rounds.model_copy(update=changes), 0)
 
-    def _welcome(self, node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
-        if not isinstance(reply, HelloReply):
-            return self._unexpected(0, node, reply)
-        self._farms[node] = reply.farm
-        self._requests.farm_holds(node, reply.held)
-        self._store.upsert_farm(self.run, node, reply.farm, reply.examples, reply.classes)
-        log.info("farm %s: %d images, %d classes", reply.farm, reply.examples, reply.classes)
-        return Verdict.ACCEPTED
+    def _ask(
+        self,
+        exchange: Exchange,
+        rules: RoundConfig,
+        number: int,
+        owed: dict[str, Owed] | None = None,
+    ) -> int:
+        jitter = self._config.seed + number
+        return Collector(self._link, self._clock, rules, jitter).run(exchange, owed)
+
+    def _asked(self, number: int) -> list[int]:
+        """The farms of a round: all that are not paused, or a sample of those online."""
+        farms, size = self._intake.active(), self._config.rounds.sample
+        if not farms:
+            raise StateError(
+                "every farm is paused; 'fieldfed-server status' shows why, "
+                "'fieldfed-server readmit' asks one again"
+            )
+        if size is None:
+            return farms
+        online = set(self._link.online())
+        present = [node for node in farms if node in online] or farms
+        drawn = np.random.default_rng([self._config.seed, number]).permutation(len(present))
+        return [present[index] for index in sorted(drawn[:size])]
 
     # --- a round ---------------------------------------------------------------------------
 
     def _round(self, number: int, base: Base) -> Base:
         self._meet()
-        scored, budget = self._plan.scores_in(number), self._plan.event_after(number)
-        asked = Asked(self.run, number, base.digest, base.mask.digest)
+        work = Work(number, base, self._plan.scores_in(number))
+        asked, answered = self._asked(number), self._answered(number)
+        self._open(work, len(asked))
+        budgets = self._step_budgets(asked)
+        exchange = Exchange(
+            nodes=[node for node in asked if node not in answered],
+            request=partial(self._requests.align, work=work, budgets=budgets),
+            accept=self._intake.aligned(work),
+            sent=partial(self._sent, number, "align"),
+            fault=partial(self._intake.quarantine, number),
+            late=self._intake.late(work),
+        )
+        self._ask(exchange, self._config.rounds, number, self._owed)
+        if not self._store.replies(self.run, number):
+            raise StateError(f"round {number}: no farm answered; 'status' shows the reasons")
+        verdict = self._judge(number, base)
+        if verdict is not None and not verdict.accepted:
+            return self._undo(number, verdict)
+        budget = self._plan.event_after(number)
+        new = self._closer.close(self.run, work, budget, verdict)
+        log.info(
+            "round %d of %d closed, heads kept %.0f %%",
+            *(number, self._plan.rounds, 100 * new.mask.heads_kept_ratio),
+        )
+        return new
+
+    def _open(self, work: Work, farms: int) -> None:
         rules = self._config.rounds
         self._store.open_round(
             self.run,
-            number,
+            work.number,
             kind="align",
-            base=base.digest,
-            mask=base.mask.digest,
-            quorum=quorum_of(len(self._farms), rules),
+            base=work.base.digest,
+            mask=work.base.mask.digest,
+            quorum=quorum_of(farms, rules),
             deadline=time.time() + rules.deadline_seconds,
         )
-        answered = self._answered(number)
-        exchange = Exchange(
-            nodes=[node for node in self._farms if node not in answered],
-            request=partial(self._requests.align, number=number, base=base, score=scored),
-            accept=partial(self._take_aligned, asked, self._expected(base, scored)),
-            sent=partial(self._sent, number, "align"),
-            fault=partial(self._quarantine, number),
-        )
-        accepted = collect(self._link, self._clock, rules, exchange) + len(answered)
-        if not accepted:
-            raise StateError(f"round {number}: no farm answered; 'status' shows the reasons")
-        new = self._closer.close(self.run, number, base, scored, budget)
-        log.info(
-            "round %d of %d: %d farms, heads kept %.0f %%",
-            *(number, self._plan.rounds, accepted, 100 * new.mask.heads_kept_ratio),
-        )
-        return new
+
+    def _step_budgets(self, nodes: Sequence[int]) -> dict[int, int]:
+        if not self._config.rounds.step_budget:
+            return {}
+        train = self._config.train
+        images = {row.node: row.examples for row in self._store.farms(self.run)}
+        full = {node: train.epochs * -(-images[node] // train.batch_size) for node in nodes}
+        return step_budgets(self._store.last_replies(self.run), full)
 
     def _answered(self, number: int) -> set[int]:
         """Farms whose replies are on disk already; a damaged one is forgotten and asked again."""
@@ -260,26 +299,43 @@ class RoundLoop:
                 self._store.drop_reply(self.run, number, row.node)
         return answered
 
-    def _expected(self, base: Base, scored: bool) -> Expected:
-        model, spec = self._models.load(base.digest)
-        names = backbone.trainable_names(model, self._config.train.trainable)
-        count = codec.layout_of(model, names).count
-        return Expected(spec, count, scored, self._config.rounds.max_reply_bytes)
+    # --- the accuracy guard ----------------------------------------------------------------
 
-    def _take_aligned(
-        self, asked: Asked, expected: Expected, node: int, attempt: int, reply: Reply, size: int
-    ) -> Verdict:
-        if not isinstance(reply, AlignReply):
-            return self._unexpected(asked.round, node, reply)
-        try:
-            check_align(reply, asked, expected)
-        except ProtocolError as error:
-            self._quarantine(asked.round, node, error.reason, str(error))
-            return Verdict.REJECTED
-        spooled = self._spool.put(self.run, asked.round, node, reply)
-        self._store.record_reply(self.run, asked.round, node, attempt, size, reply, spooled)
-        self._requests.farm_holds(node, [asked.base])
-        return Verdict.ACCEPTED
+    def _judge(self, number: int, base: Base) -> VerdictRow | None:
+        """The verdict of a round's replies on the last cut, when this round judges it."""
+        event = self._plan.judged_in(number)
+        if event is None:
+            return None
+        if number > self._plan.rounds:
+            after = {row.node: row.accuracy for row in self._store.reports(self.run, GUARD)}
+        else:
+            after = accuracies(self._store.replies(self.run, number))
+        before = accuracies(self._store.replies(self.run, event))
+        limit = self._config.plan.max_drop_ratio
+        return judge(event, number, base.mask.digest, before, after, limit)
+
+    def _undo(self, number: int, verdict: VerdictRow) -> Base:
+        """Back to the backbone of before the cut, as the end of this round."""
+        before = self._base_after(verdict.event - 1)
+        restored = self._closer.restore(self.run, number, before, verdict)
+        self._plan.reject(verdict.event, number)
+        log.warning("round %d: %s is restored", number, before.digest[:12])
+        return restored
+
+    def _judge_last(self, base: Base) -> Base:
+        """Evaluate the last candidate where the farms decide, and undo its cut if it must be."""
+        number = self._plan.rounds + 1
+        event = self._plan.judged_in(number)
+        if event is None or any(row.event == event for row in self._store.verdicts(self.run)):
+            return base
+        self._report(GUARD, self._plan.rounds, base, part="decide")
+        verdict = self._judge(number, base)
+        if verdict is None or verdict.accepted:
+            if verdict is not None:
+                self._store.record_verdict(self.run, verdict)
+            return base
+        self._open(Work(number, base, scored=False), len(self._intake.farms))
+        return self._undo(number, verdict)
 
     # --- reports ---------------------------------------------------------------------------
 
@@ -287,61 +343,33 @@ class RoundLoop:
         if self._settings.probe:
             self._report("probe", 0, self._start)
         if self._settings.local_rounds:
-            self._report("local", 0, self._start, self._settings.local_rounds)
+            self._report("local", 0, self._start, local_rounds=self._settings.local_rounds)
 
-    def _report(self, label: str, number: int, base: Base, local_rounds: int = 0) -> None:
+    def _report(
+        self,
+        label: str,
+        number: int,
+        base: Base,
+        *,
+        local_rounds: int = 0,
+        part: Literal["test", "decide"] = "test",
+    ) -> None:
         done = {row.node for row in self._store.reports(self.run, label)}
         exchange = Exchange(
-            nodes=[node for node in self._farms if node not in done],
+            nodes=[node for node in self._intake.active() if node not in done],
             request=partial(
                 self._requests.evaluate,
                 number=number,
                 base=base,
                 label=label,
+                part=part,
                 local_rounds=local_rounds,
             ),
-            accept=partial(
-                self._take_report, Asked(self.run, number, base.digest, base.mask.digest), label
-            ),
+            accept=self._intake.report(number, base, label),
             sent=partial(self._sent, number, "evaluate"),
-            fault=partial(self._quarantine, number),
+            fault=partial(self._intake.quarantine, number),
         )
-        collect(self._link, self._clock, self._config.rounds, exchange)
-
-    def _take_report(
-        self, asked: Asked, label: str, node: int, _attempt: int, reply: Reply, size: int
-    ) -> Verdict:
-        if not isinstance(reply, EvaluateReply):
-            return self._unexpected(asked.round, node, reply)
-        try:
-            check_evaluate(reply, asked, label)
-        except ProtocolError as error:
-            self._quarantine(asked.round, node, error.reason, str(error))
-            return Verdict.REJECTED
-        self._store.record_report(self.run, label, node, size, reply)
-        self._requests.farm_holds(node, [asked.base])
-        return Verdict.ACCEPTED
-
-    # --- what both share -------------------------------------------------------------------
+        self._ask(exchange, self._config.rounds.model_copy(update={"mode": "sync"}), number)
 
     def _sent(self, number: int, kind: RoundKind, node: int, attempt: int, size: int) -> None:
         self._store.record_sent(self.run, number, node, attempt, size, kind)
-
-    def _quarantine(self, number: int, node: int, reason: RejectReason, detail: str) -> None:
-        name = self._farms.get(node, f"node {node}")
-        log.warning("round %d, %s: %s (%s)", number, name, detail, reason)
-        self._store.record_rejection(self.run, number, node, reason, detail)
-
-    def _unexpected(self, number: int, node: int, reply: Reply) -> Verdict:
-        """A refusal, or an answer to another question."""
-        if isinstance(reply, Refusal) and reply.reason == "missing_base":
-            self._requests.farm_lost(node)
-            return Verdict.RETRY
-        if isinstance(reply, Refusal):
-            reason = RejectReason.REFUSED
-            if reply.reason == "protocol":
-                reason = RejectReason.PROTOCOL
-            self._quarantine(number, node, reason, f"{reply.reason}: {reply.detail}")
-        else:
-            self._quarantine(number, node, RejectReason.STALE, f"an unasked {reply.kind}")
-        return Verdict.REJECTED

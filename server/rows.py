@@ -12,6 +12,9 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 RoundKind: TypeAlias = Literal["align", "evaluate"]
 RunState: TypeAlias = Literal["running", "done", "stopped", "failed"]
 
+GUARD = "guard"
+"""Label of the reports, on decide parts, that judge the last cut of a run."""
+
 
 @dataclass(frozen=True)
 class RunRow:
@@ -65,7 +68,10 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class ReplyRow:
-    """An accepted reply; ``path`` is the spooled body, gone once the round is committed."""
+    """An accepted reply; ``path`` is the spooled body, gone once the round is committed.
+
+    ``of_round`` is the round it answers, earlier than ``round`` when it came late.
+    """
 
     node: int
     farm: str
@@ -80,6 +86,35 @@ class ReplyRow:
     path: str
     digest: str
     received: float
+    round: int
+    of_round: int
+    steps: int
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class PauseRow:
+    """A farm that is not asked any more, and why."""
+
+    farm: str
+    reason: str
+    since: float
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """Whether the cut after round ``event`` was accepted, by the replies of round ``judged``.
+
+    ``drop_ratio`` is the mean loss of decide accuracy over ``farms`` that evaluated the backbone
+    both before the cut and after its recovery; ``mask`` is the mask that was judged.
+    """
+
+    event: int
+    judged: int
+    accepted: bool
+    drop_ratio: float
+    farms: int
+    mask: str
 
 
 @dataclass(frozen=True)

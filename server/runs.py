@@ -1,38 +1,135 @@
-"""Start a run on a network that is up, show it, and stop it when the operator does."""
+"""Start a run on a network that is up, show it, keep it going, and stop it when the operator does.
 
+    active-run.json    the run that the operator wants: its settings and Flower's number for it
+
+A run whose server process died (crash, power cut, ``kill -9``) is still wanted: ``up`` starts
+another process for it, which goes on behind the last committed round.
+"""
+
+import logging
+import time
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
+from common.errors import LaunchError
 from common.files import write_atomically
 from server.follow import follow, last_run
 from server.launch import Network, run_status, stop_run, submit_run
 from server.rounds import RunSettings
 from server.rows import RunRow
+from server.store import Store
+
+log = logging.getLogger(__name__)
+
+CHECK_SECONDS = 5.0
+PATIENCE_SECONDS = 120.0
+"""How long a run may be without a living server process before it is given up."""
+WAIT_SECONDS, WAIT_LIMIT = 5.0, 300.0
+
+
+class ActiveRun(BaseModel):
+    """The run that is wanted; ``after`` is the last run that had ended before it was started."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flower_run: int
+    settings: str
+    after: int
 
 
 def play(network: Network, settings: RunSettings, console: Console) -> RunRow:
     """Run to the end; Ctrl-C stops the run, which continues when it is started again.
 
     Raises:
-        LaunchError: the network is not up, or the server process died.
+        LaunchError: the network is not up, or the server process died and none replaced it.
         FieldfedError: the run failed; the message is the run's own.
     """
     store = network.state_dir / "fieldfed.db"
     after = last_run(store)
-    flower_run = submit_run(network, _write(network.state_dir, settings))
+    ended = _last_ended(store)
+    path = network.state_dir / f"run-{settings.label}.json"
+    write_atomically(path, settings.model_dump_json(indent=2).encode())
+    _start(network, path, ended)
+    seen = time.monotonic()
 
     def alive() -> bool:
-        return not run_status(network, flower_run).finished
+        nonlocal seen
+        if _lives(network):
+            seen = time.monotonic()
+        return time.monotonic() - seen < PATIENCE_SECONDS
 
     try:
         return follow(store, settings, after, alive, console)
     except KeyboardInterrupt:
-        stop_run(network, flower_run)
+        active = _active(network)
+        _path(network).unlink(missing_ok=True)
+        if active is not None:
+            stop_run(network, active.flower_run)
         raise
 
 
-def _write(state_dir: Path, settings: RunSettings) -> Path:
-    path = state_dir / f"run-{settings.label}.json"
-    write_atomically(path, settings.model_dump_json(indent=2).encode())
-    return path
+class Keeper:
+    """Starts the wanted run again when its server process has died; ``up`` asks it now and then."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._next, self._wait = 0.0, WAIT_SECONDS
+
+    def check(self) -> bool:
+        """One look; returns whether a run was started again."""
+        active = _active(self._network)
+        if active is None or time.monotonic() < self._next:
+            return False
+        if _last_ended(self._network.state_dir / "fieldfed.db") > active.after:
+            _path(self._network).unlink(missing_ok=True)
+            return False
+        try:
+            if _lives(self._network):
+                self._wait = WAIT_SECONDS
+                return False
+            _start(self._network, Path(active.settings), active.after)
+        except LaunchError as error:
+            log.warning("the run cannot be continued yet: %s", error)
+            return False
+        finally:
+            self._next = time.monotonic() + CHECK_SECONDS
+        log.warning("the server process of the run died; another one continues it")
+        self._next = time.monotonic() + self._wait
+        self._wait = min(WAIT_LIMIT, 2 * self._wait)
+        return True
+
+
+def _start(network: Network, settings: Path, after: int) -> None:
+    number = submit_run(network, settings)
+    active = ActiveRun(flower_run=number, settings=str(settings), after=after)
+    write_atomically(_path(network), active.model_dump_json().encode())
+
+
+def _lives(network: Network) -> bool:
+    active = _active(network)
+    try:
+        return active is not None and not run_status(network, active.flower_run).finished
+    except LaunchError as error:
+        log.warning("%s", error)
+        return False
+
+
+def _active(network: Network) -> ActiveRun | None:
+    try:
+        return ActiveRun.model_validate_json(_path(network).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _path(network: Network) -> Path:
+    return network.state_dir / "active-run.json"
+
+
+def _last_ended(store_path: Path) -> int:
+    """Number of the last run that came to an end, 0 when there is none."""
+    if not store_path.is_file():
+        return 0
+    with Store.open(store_path, read_only=True) as store:
+        return max((row.run for row in store.runs() if row.state != "running"), default=0)

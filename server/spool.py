@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -57,11 +57,21 @@ class _Place:
     length: int
 
 
+_Places: TypeAlias = dict[str, _Place]
+
+
+class Origin(NamedTuple):
+    """Who sent a reply."""
+
+    node: int
+    farm: str
+
+
 class ReplyReader:
     """An open reply; ``read`` yields bytes of the coded update, ``scores`` the small arrays."""
 
-    def __init__(self, path: Path, node: int, descriptor: int, places: dict[str, _Place]) -> None:
-        self.path, self.node = path, node
+    def __init__(self, path: Path, origin: Origin, descriptor: int, places: _Places) -> None:
+        self.path, self.node, self.farm = path, *origin
         self._descriptor, self._places = descriptor, places
 
     @property
@@ -144,11 +154,11 @@ class Spool:
         except OSError as error:
             raise StateError(f"spooled reply '{path}' cannot be read: {error.strerror}") from error
         try:
-            node, places = _checked(path, descriptor)
+            origin, places = _checked(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        return ReplyReader(path, node, descriptor, places)
+        return ReplyReader(path, origin, descriptor, places)
 
     def discard_round(self, run: int, number: int) -> None:
         """Remove the replies of a round; call it once the round is committed."""
@@ -178,8 +188,8 @@ class Spool:
         return self._folder / str(run) / str(number)
 
 
-def _checked(path: Path, descriptor: int) -> tuple[int, dict[str, _Place]]:
-    """Node and places of the tensors of an undamaged file."""
+def _checked(path: Path, descriptor: int) -> tuple[Origin, _Places]:
+    """Origin and places of the tensors of an undamaged file."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if f"{digest}{_SUFFIX}" != path.name:
@@ -193,17 +203,18 @@ def _checked(path: Path, descriptor: int) -> tuple[int, dict[str, _Place]]:
         raise StateError(f"'{path}' is not a spooled reply: {error}") from error
 
 
-def _places(descriptor: int) -> tuple[int, dict[str, _Place]]:
+def _places(descriptor: int) -> tuple[Origin, _Places]:
     """Parse the safetensors header: 8 bytes of length, then JSON; offsets count from its end."""
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
     header: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
-    node = int(json.loads(header.pop("__metadata__")["reply"])["node"])
+    about = json.loads(header.pop("__metadata__")["reply"])
+    origin = Origin(int(about["node"]), str(about["farm"]))
     places = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         places[name] = _Place(entry["dtype"], 8 + length + begin, end - begin)
     if "update" not in places:
         raise ValueError("it holds no update")
-    return node, places
+    return origin, places

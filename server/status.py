@@ -12,7 +12,7 @@ from common.errors import StateError
 from common.mask import Mask
 from common.scores import UnitScores
 from server.consensus import rank_correlation
-from server.rows import RunRow
+from server.rows import GUARD, RunRow
 from server.store import Store
 from server.story import percent, size_text
 
@@ -52,6 +52,17 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
         "detail": run.detail,
         "rounds": _rounds(store, run.run),
         "farms": _farms(store, run.run),
+        "paused": {row.farm: row.reason for row in store.pauses()},
+        "verdicts": [
+            {
+                "round": row.event,
+                "judged": row.judged,
+                "accepted": row.accepted,
+                "drop_ratio": row.drop_ratio,
+                "farms": row.farms,
+            }
+            for row in store.verdicts(run.run)
+        ],
         "agreement": _agreement(store, run.run),
         "rejected": {reason: count for reason, count in rejected.items() if count},
         "mask": {
@@ -94,7 +105,8 @@ def _farms(store: Store, run: int) -> list[dict[str, Any]]:
     traffic = store.traffic(run)
     reports: dict[int, dict[str, float]] = {}
     for report in store.reports(run):
-        reports.setdefault(report.node, {})[report.label] = report.accuracy
+        if report.label != GUARD:
+            reports.setdefault(report.node, {})[report.label] = report.accuracy
     return [
         {
             "farm": row.farm,
@@ -141,6 +153,15 @@ def show(values: dict[str, Any]) -> Group:
         parts.append(
             Text(f"rank correlation of head scores between farms: {values['agreement']:.2f}")
         )
+    for row in values["verdicts"]:
+        parts.append(
+            Text(
+                f"cut after round {row['round']}: {'accepted' if row['accepted'] else 'undone'}, "
+                f"{100 * row['drop_ratio']:+.1f} points lost over {row['farms']} farms"
+            )
+        )
+    for farm, reason in values["paused"].items():
+        parts.append(Text(f"paused: {farm} ({reason})", "bold"))
     if values["rejected"]:
         reasons = ", ".join(f"{reason} {count}" for reason, count in values["rejected"].items())
         parts.append(Text(f"rejected replies: {reasons}"))

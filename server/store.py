@@ -7,6 +7,7 @@ committed round. Other processes (status, page) open the file read-only while th
 """
 
 import hashlib
+import sqlite3
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -27,6 +28,7 @@ from server.rows import (
     RunRow,
     ScoreRow,
     TrafficRow,
+    VerdictRow,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "ScoreRow",
     "Store",
     "TrafficRow",
+    "VerdictRow",
 ]
 
 _RUNS = (
@@ -157,6 +160,12 @@ class Store(Records):
                 (run, number, kind, base, mask, quorum, deadline, time.time()),
             )
 
+    def align_round(self, run: int, number: int) -> RoundRow | None:
+        """One round of alignment; None when it was never opened."""
+        query = "SELECT * FROM rounds WHERE run = ? AND round = ? AND kind = 'align'"
+        found = self._all(RoundRow, query, run, number)
+        return found[0] if found else None
+
     def rounds(self, run: int) -> list[RoundRow]:
         """All rounds, in order; at the same number, alignment before evaluation."""
         return self._all(RoundRow, "SELECT * FROM rounds WHERE run = ? ORDER BY round, kind", run)
@@ -171,7 +180,8 @@ class Store(Records):
         scores: Sequence[ScoreRow] = (),
         macs_ratio: float,
         heads_kept_ratio: float,
-        mean_accuracy: float,
+        mean_accuracy: float | None,
+        verdict: VerdictRow | None = None,
     ) -> None:
         """Everything a round of alignment ends with, in one transaction.
 
@@ -183,7 +193,9 @@ class Store(Records):
             scores: of the farms and of the consensus, in a score round.
             macs_ratio: MACs of the candidate over those of the dense backbone.
             heads_kept_ratio: the same for heads.
-            mean_accuracy: of the round's base on the farms' decide parts, mean over farms.
+            mean_accuracy: of the round's base on the farms' decide parts, mean over farms; None
+                when only late replies came.
+            verdict: on the last prune event, when the round's replies judged it.
 
         Raises:
             StateError: the round is not open, or the candidate's mask is not known.
@@ -215,6 +227,20 @@ class Store(Records):
                     for row in scores
                 ],
             )
+            if verdict is not None:
+                _insert_verdict(db, run, verdict)
+
+    def record_verdict(self, run: int, verdict: VerdictRow) -> None:
+        """A verdict that no commit goes with: the last cut was accepted at the end of the run."""
+        with self._writing() as db:
+            _insert_verdict(db, run, verdict)
+
+    def verdicts(self, run: int) -> list[VerdictRow]:
+        """Verdicts on the run's prune events, in order."""
+        found = self._select("SELECT * FROM verdicts WHERE run = ? ORDER BY judged, event", run)
+        names = VerdictRow.__dataclass_fields__
+        values = [{name: row[name] for name in names} for row in found]
+        return [VerdictRow(**row | {"accepted": bool(row["accepted"])}) for row in values]
 
     def last_committed(self, run: int) -> tuple[int, CandidateRow] | None:
         """Number and candidate of the last committed round of alignment."""
@@ -254,6 +280,14 @@ class Store(Records):
 def _mask_digest(mask_json: str) -> str:
     """What ``Mask.digest`` is: sha256 of its canonical JSON; status needs no torch for it."""
     return hashlib.sha256(mask_json.encode()).hexdigest()
+
+
+def _insert_verdict(db: sqlite3.Connection, run: int, verdict: VerdictRow) -> None:
+    db.execute(
+        "INSERT INTO verdicts (run, event, judged, accepted, drop_ratio, farms, mask) "
+        "VALUES (:run, :event, :judged, :accepted, :drop_ratio, :farms, :mask)",
+        {"run": run, **vars(verdict)},
+    )
 
 
 def _blob(values: Floats | None) -> bytes | None:

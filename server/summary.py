@@ -8,7 +8,7 @@ from common import backbone
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.models import Models
-from server.rows import CandidateRow, RoundRow, RunRow, TrafficRow
+from server.rows import GUARD, CandidateRow, RoundRow, RunRow, TrafficRow
 from server.store import Store
 from server.story import FarmLine, HeadMap, Provenance, RoundPoint, Story
 
@@ -85,7 +85,7 @@ def _reports(store: Store, runs: Sequence[int]) -> Reports:
     accuracy: dict[str, dict[str, float]] = {}
     f1: dict[str, dict[str, float]] = {}
     for run in runs:
-        for row in store.reports(run):
+        for row in (report for report in store.reports(run) if report.label != GUARD):
             accuracy.setdefault(row.label, {})[row.farm] = row.accuracy
             f1.setdefault(row.label, {})[row.farm] = row.f1
     return Reports(accuracy, f1)

@@ -123,6 +123,22 @@ def test_dal_pulls_the_heads_towards_their_anchors(spec: ModelSpec, farm: FarmFo
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1, 1), (4, 4), (1000, 6)])
+def test_a_step_budget_ends_training_earlier(
+    spec: ModelSpec, farm: FarmFolder, most: int, expected: int
+) -> None:
+    model, classifier = start(spec)
+    config = TrainConfig(dal_weight=0, epochs=2, batch_size=16)
+    aligned = align(
+        *(model, classifier, farm.fit, spec, config, None),
+        seed=0,
+        autocast=False,
+        max_steps=most,
+    )
+    assert aligned.steps == expected
+    assert np.isfinite(aligned.loss)
+
+
 def test_dal_weight_zero_needs_no_anchors(spec: ModelSpec, farm: FarmFolder) -> None:
     anchors = anchors_of(start(spec)[0])
     off = run(spec, farm, anchors, dal_weight=0.0, epochs=1)[0]

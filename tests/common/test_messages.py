@@ -31,6 +31,8 @@ REPLY = AlignReply(
     f1=0.4,
     loss=1.0,
     dal=-0.1,
+    steps=8,
+    train_seconds=1.0,
     seconds=1.5,
     update=np.arange(5, dtype=np.uint8),
     head_importance=np.ones(4, np.float32),

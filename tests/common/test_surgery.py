@@ -15,7 +15,14 @@ from common.errors import DataError, ModelError
 from common.heads import Gates, gate_units
 from common.mask import Keep
 from common.spec import ModelSpec
-from common.surgery import Method, Moments, collect_moments, prune, prune_compensated
+from common.surgery import (
+    Method,
+    Moments,
+    collect_moments,
+    prune,
+    prune_compensated,
+    slice_tensors,
+)
 
 ARCHITECTURES = {
     "vit": ("vit_tiny_patch16_224", 32, {"depth": 2}),
@@ -146,6 +153,22 @@ def test_a_pruned_backbone_survives_packing() -> None:
     again, again_spec = unpack(pack(pruned, spec))
     assert again_spec == spec
     torch.testing.assert_close(again(images(SPEC)), pruned(images(SPEC)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_cutting_a_moved_model_is_moving_a_cut_model(seed: int) -> None:
+    model, keep = drawn_model(SPEC), random_keep(SPEC, seed)
+    step = {name: value.detach() for name, value in drawn_model(SPEC, 1).named_parameters()}
+    moved, _ = prune(model, SPEC, keep)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter.add_(slice_tensors(step, SPEC, keep)[name])
+        for name, parameter in model.named_parameters():
+            parameter.add_(step[name])
+    expected = dict(prune(model, SPEC, keep)[0].named_parameters())
+    for name, parameter in moved.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 def test_wrong_keeps_and_specs_are_refused() -> None:

@@ -53,7 +53,14 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 def align_reply(**changes: Any) -> AlignReply:
     values = {"run": 1, "round": 2, "attempt": 1, "base": DIGEST, "mask": DIGEST, **JUDGED}
-    values |= {"loss": 0.1, "dal": 0.0, "update": np.arange(40, dtype=np.uint8), **changes}
+    values |= {
+        "loss": 0.1,
+        "dal": 0.0,
+        "steps": 8,
+        "train_seconds": 1.0,
+        "update": np.arange(40, dtype=np.uint8),
+        **changes,
+    }
     return AlignReply(**values)
 
 

@@ -60,6 +60,8 @@ class Crowd:
                 f1=0.5,
                 loss=1.0,
                 dal=0.0,
+                steps=1,
+                train_seconds=0.5,
                 seconds=1.0,
                 update=codec.encode(values, request.base, bits=32),
             )

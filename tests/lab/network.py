@@ -1,7 +1,8 @@
 """A small network for tests: drawn images, a tiny vision transformer, farms in the lab."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,20 @@ from common.config import (
     ServerConfig,
     TrainConfig,
 )
+from common.messages import Reply, Request, from_parts, to_parts
 from server.pretrain import pretrain
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
-from tests.lab.link import Fault, LabClock, LabLink
+from tests.lab.link import Fault, LabClock, LabLink, work
+from tests.lab.simulation import SimClock, SimFarm, SimLink
+
+Outages = Sequence[tuple[float, float]]
+NONE: Mapping[int, Outages] = MappingProxyType({})
 
 TINY = {"depth": 3, "embed_dim": 48, "num_heads": 4, "patch_size": 8}
 SIDE = 32
+# a few drawn images judge nothing: only tests of the accuracy guard set a limit
+PLAN = {"rounds": 2, "warmup": 0, "prune_events": 1, "max_drop_ratio": 1.0}
 
 
 def draw_folder(root: Path, classes: int, per_class: int, seed: int) -> Path:
@@ -72,7 +80,7 @@ def server_config(root: Path, **plan: Any) -> ServerConfig:
             epochs=2,
             anchor_images=32,
         ),
-        plan=PlanConfig(**({"rounds": 2, "warmup": 0, "prune_events": 1} | plan)),
+        plan=PlanConfig(**(PLAN | plan)),
         train=TrainConfig(epochs=1, batch_size=16),
     )
 
@@ -107,13 +115,37 @@ class Lab:
         **changes: Any,
     ) -> LabLink:
         """One run to its end; returns the link with the requests it carried."""
+        link = LabLink(self.farms, order, fault)
+        path = self._settings(label=label, local_rounds=local_rounds, **changes)
+        run_rounds(link, self.server_dir, path, LabClock())
+        return link
+
+    def simulate(
+        self, seconds: Sequence[float], outages: Mapping[int, Outages] = NONE, **rules: Any
+    ) -> tuple[SimLink, SimClock]:
+        """One run on simulated time, with farms that take so many seconds for a round."""
+        clock = SimClock()
+        farms = [
+            SimFarm(config.farm.name, takes, outages=outages.get(node, ()))
+            for node, ((config, _), takes) in enumerate(
+                zip(self.farms, seconds, strict=True), start=1
+            )
+        ]
+
+        def answer(node: int, _farm: SimFarm, request: Request) -> Reply:
+            return from_parts(*work(*self.farms[node - 1], to_parts(request)))  # type: ignore[return-value]
+
+        link = SimLink(clock, farms, answer)
+        changed = self.config.rounds.model_copy(update=rules)
+        run_rounds(link, self.server_dir, self._settings(rounds=changed), clock)
+        return link, clock
+
+    def _settings(self, label: str = "model", local_rounds: int = 0, **changes: Any) -> Path:
         config = self.config.model_copy(update=changes)
         settings = RunSettings(config=config, label=label, local_rounds=local_rounds)
         path = self.root / "run.json"
         path.write_text(settings.model_dump_json())
-        link = LabLink(self.farms, order, fault)
-        run_rounds(link, self.server_dir, path, LabClock())
-        return link
+        return path
 
     def store(self) -> Store:
         """The server's store, read-only."""

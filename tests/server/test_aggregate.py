@@ -23,7 +23,7 @@ class Reply:
     def __init__(
         self, node: int, values: Floats, bits: Literal[8, 32] = 32, block: int = 256
     ) -> None:
-        self.node = node
+        self.node, self.farm = node, f"farm{node:03d}"
         self.payload = codec.encode(values, BASE, bits=bits, block=block).tobytes()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -81,7 +81,7 @@ def test_memory_does_not_grow_with_the_number_of_replies() -> None:
 
     class Shared:
         def __init__(self, node: int) -> None:
-            self.node = node
+            self.node, self.farm = node, f"farm{node:03d}"
 
         def read(self, offset: int, length: int) -> bytes:
             return reply.read(offset, length)

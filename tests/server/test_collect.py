@@ -1,12 +1,13 @@
 """One exchange: quorum, deadline, retries, farms at work at once; time is simulated."""
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from common.config import RoundConfig
 from common.errors import RejectReason
 from common.messages import HelloReply, HelloRequest, Reply, Request
-from server.collect import Exchange, Verdict, collect, quorum_of
+from server.collect import Collector, Exchange, Owed, Verdict, quorum_of
 from server.link import Delivery, Sent
 from tests.lab.link import LabClock
 
@@ -28,12 +29,15 @@ class Scripted:
     def send(self, node: int, request: Request, ttl_seconds: float) -> Sent:
         self.sent.append((node, self.clock.now()))
         self._flights[str(len(self.sent))] = (node, self.clock.now())
-        self.most_at_once = max(self.most_at_once, len(self._flights))
+        at_work = {node for node, _ in self._flights.values()}
+        self.most_at_once = max(self.most_at_once, len(at_work))
         return Sent(str(len(self.sent)), 10)
 
     def poll(self, message_ids: Collection[str]) -> list[Delivery]:
         found = []
         for name in message_ids:
+            if name not in self._flights:
+                continue
             node, since = self._flights[name]
             delay = self.delays[node]
             if isinstance(delay, str):
@@ -48,14 +52,19 @@ class Scripted:
 @dataclass
 class Heard:
     accepted: list[int] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)
     faults: list[tuple[int, RejectReason]] = field(default_factory=list)
 
 
-def play(link: Scripted, **rules: float) -> tuple[int, Heard]:
+def play(link: Scripted, owed: dict[str, Owed] | None = None, **rules: object) -> tuple[int, Heard]:
     heard = Heard()
 
     def accept(node: int, _attempt: int, _reply: Reply, _size: int) -> Verdict:
         heard.accepted.append(node)
+        return Verdict.ACCEPTED
+
+    def late(node: int, _attempt: int, _reply: Reply, _size: int) -> Verdict:
+        heard.late.append(node)
         return Verdict.ACCEPTED
 
     exchange = Exchange(
@@ -64,9 +73,10 @@ def play(link: Scripted, **rules: float) -> tuple[int, Heard]:
         accept=accept,
         sent=lambda _node, _attempt, _size: None,
         fault=lambda node, reason, _detail: heard.faults.append((node, reason)),
+        late=late,
     )
     config = RoundConfig.model_validate({"deadline_seconds": 100, "grace_seconds": 5} | rules)
-    return collect(link, link.clock, config, exchange), heard
+    return Collector(link, link.clock, config).run(exchange, owed), heard
 
 
 def test_all_farms_answer() -> None:
@@ -108,7 +118,7 @@ def test_a_malformed_reply_is_not_asked_for_again() -> None:
 
 def test_no_more_farms_work_at_once_than_allowed_and_queued_ones_are_not_late() -> None:
     link = Scripted(LabClock(), dict.fromkeys(range(1, 7), 60.0))
-    count, heard = play(link, max_in_flight=2)
+    count, heard = play(link, max_in_flight=2, attempts=1)
     assert link.most_at_once == 2
     assert count == 6, "a farm was given up while it waited for its turn"
     assert not heard.faults
@@ -126,3 +136,60 @@ def test_a_quorum_is_rounded_up_and_at_least_one() -> None:
     assert quorum_of(10, RoundConfig(quorum=0.75)) == 8
     assert quorum_of(3, RoundConfig(quorum=0.01)) == 1
     assert quorum_of(7, RoundConfig(quorum=1.0)) == 7
+
+
+def test_a_silent_farm_is_asked_again_and_its_first_answer_counts_once() -> None:
+    link = Scripted(LabClock(), {1: 50.0})
+    count, heard = play(link, attempt_seconds=20)
+    assert (count, heard.accepted) == (1, [1])
+    assert [node for node, _ in link.sent] == [1, 1, 1]
+    first, second = (when for _, when in link.sent[:2])
+    assert 16 <= second - first <= 24.4
+    assert 50 <= link.clock.now() < 51
+
+
+def test_a_lost_message_waits_longer_each_time() -> None:
+    link = Scripted(LabClock(), {1: "node unavailable"})
+    play(link, attempts=4)
+    times = [when for _, when in link.sent]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert 0.8 <= gaps[0] < gaps[1] < gaps[2] <= 5.2
+
+
+def test_what_is_owed_comes_in_the_next_exchange_and_is_not_asked_for_before() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 30.0})
+    owed: dict[str, Owed] = {}
+    assert play(link, owed, quorum=0.5, grace_seconds=0)[0] == 1
+    assert [debt.node for debt in owed.values()] == [2]
+    count, heard = play(link, owed)
+    assert (count, heard.accepted, heard.late) == (2, [1], [2])
+    assert [node for node, _ in link.sent].count(2) == 1
+    assert not owed
+
+
+def test_a_debt_that_is_never_paid_is_forgiven_at_its_deadline() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: None})
+    owed: dict[str, Owed] = {}
+    play(link, owed, quorum=0.5, grace_seconds=0)
+    link._flights.clear()
+    link.delays[2] = 1.0
+    count, heard = play(link, owed)
+    assert (count, heard.late) == (2, [])
+    assert (2, RejectReason.LOST) in heard.faults
+    assert link.clock.now() < 105
+
+
+def test_farms_that_still_owe_count_as_at_work() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 40.0, 3: 1.0})
+    owed: dict[str, Owed] = {}
+    play(link, owed, quorum=0.3, grace_seconds=1)
+    link.most_at_once = 0
+    play(link, owed, max_in_flight=2, attempts=1)
+    assert link.most_at_once == 2
+
+
+def test_asynchronous_rounds_close_after_a_number_of_replies_without_grace() -> None:
+    link = Scripted(LabClock(), {1: 1.0, 2: 2.0, 3: 30.0})
+    assert play(link, {}, mode="async", buffer=2)[0] == 2
+    assert link.clock.now() < 2.5
+    assert quorum_of(1, RoundConfig(mode="async", buffer=5)) == 1

@@ -101,3 +101,47 @@ def test_a_target_below_one_head_per_block_is_refused(small: ModelSpec) -> None:
 def test_events_that_would_remove_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="lower the number of events"):
         Plan(PlanConfig(rounds=40, prune_events=20, prune_heads=0.1), HEADS)
+
+
+def test_each_cut_is_judged_by_the_next_event_and_the_last_one_at_the_end() -> None:
+    plan = Plan(PlanConfig(rounds=6, warmup=1, prune_events=2, prune_heads=0.4), HEADS)
+    assert [plan.judged_in(number) for number in range(1, 8)] == [
+        None,
+        None,
+        1,
+        None,
+        None,
+        None,
+        3,
+    ]
+    assert Plan(PlanConfig(rounds=6), HEADS).judged_in(7) is None
+
+
+def test_half_of_an_undone_step_is_tried_a_round_later() -> None:
+    plan = Plan(PlanConfig(rounds=8, warmup=1, prune_events=3, prune_heads=0.4), HEADS)
+    assert plan.events == (1, 3, 5)
+    first, _, last = kept(plan)
+    plan.reject(1, 3)
+    assert list(plan.events) == [4, 5]
+    assert kept(plan) == [pytest.approx((1 + first) / 2), last]
+    assert [plan.scores_in(number) for number in (4, 5, 6)] == [True, True, False]
+    plan.reject(4, 5)
+    assert list(plan.events) == [6]
+    assert kept(plan) == [pytest.approx((3 + first) / 4)]
+    assert plan.judged_in(9) == 6
+
+
+def test_without_a_round_of_recovery_left_nothing_is_tried_again() -> None:
+    plan = Plan(PlanConfig(rounds=4, warmup=1, prune_events=2, prune_heads=0.4), HEADS)
+    assert plan.events == (1, 2)
+    plan.reject(2, 5)
+    assert list(plan.events) == [1]
+    late = Plan(PlanConfig(rounds=3, warmup=1, prune_events=2, prune_heads=0.4), HEADS)
+    late.reject(1, 2)
+    assert late.events == ()
+
+
+def test_a_step_too_small_to_halve_is_given_up() -> None:
+    plan = Plan(PlanConfig(rounds=9, warmup=1, prune_events=1, prune_heads=1 / 72), HEADS)
+    plan.reject(1, 3)
+    assert plan.events == ()

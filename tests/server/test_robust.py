@@ -21,7 +21,7 @@ BASE = "aa" * 32
 
 class Update:
     def __init__(self, node: int, values: Floats) -> None:
-        self.node = node
+        self.node, self.farm = node, f"farm{node:03d}"
         self._payload = codec.encode(values, BASE, bits=32).tobytes()
 
     def read(self, offset: int, length: int) -> bytes:

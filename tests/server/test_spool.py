@@ -35,6 +35,8 @@ def reply(scored: bool = False, seed: int = 0) -> AlignReply:
         f1=0.5,
         loss=1,
         dal=0,
+        steps=1,
+        train_seconds=1,
         seconds=1,
         update=codec.encode(values, BASE),
         **(scores if scored else {}),

@@ -45,6 +45,8 @@ def reply(farm: str = "mango", **changes: object) -> AlignReply:
         "f1": 0.4,
         "loss": 1.25,
         "dal": 0.1,
+        "steps": 4,
+        "train_seconds": 1.5,
         "seconds": 3.5,
         "update": np.zeros(3, np.uint8),
     }
@@ -428,7 +430,8 @@ def commit_for_ever():
         if number == 1:
             print(os.getpid(), flush=True)
         for node in (1, 2):
-            store.record_reply(run, number, node, 1, 5, t.reply(), t.spooled(node))
+            reply = t.reply(f"farm{node}", round=number)
+            store.record_reply(run, number, node, 1, 5, reply, t.spooled(node))
         t.commit(store, run, number, t.CUT)
 
 for _ in sys.stdin:

@@ -63,6 +63,8 @@ class Farm:
         return AlignReply(
             loss=1.0,
             dal=0.1,
+            steps=1,
+            train_seconds=0.1,
             update=np.frombuffer(update, np.uint8),
             head_importance=np.ones(12, np.float32),
             **shared,

@@ -43,6 +43,7 @@ rounds = 2
 warmup = 0
 prune_events = 1
 prune_heads = 0.4
+max_drop_ratio = 1.0
 [rounds]
 min_farms = 2
 grace_seconds = 0

@@ -1,0 +1,213 @@
+"""A reply comes in: checked, then spooled and on record, or in quarantine.
+
+Farms whose replies are bad several times in a row are paused: they are not asked any more until an
+operator readmits them (``fieldfed-server readmit``). Messages that are lost on the way are nobody's
+fault and pause nobody.
+"""
+
+import logging
+from functools import partial
+
+from common import backbone, codec
+from common.config import ServerConfig
+from common.errors import ModelError, ProtocolError, RejectReason
+from common.mask import Mask
+from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
+from common.surgery import slice_tensors
+from server.close import Base, Work
+from server.collect import Accept, Verdict
+from server.models import Models
+from server.requests import Requests
+from server.spool import Spool
+from server.store import Store
+from server.verify import Asked, Expected, check_align, check_evaluate
+
+log = logging.getLogger(__name__)
+
+BLAMELESS = frozenset({RejectReason.LOST, RejectReason.LATE, RejectReason.DUPLICATE})
+
+
+class Intake:
+    """Judges the replies of one run and keeps the good ones.
+
+    ``farms`` names the farms that have introduced themselves, by node.
+    """
+
+    def __init__(
+        self,
+        run: int,
+        config: ServerConfig,
+        models: Models,
+        spool: Spool,
+        store: Store,
+        requests: Requests,
+    ) -> None:
+        self.farms: dict[int, str] = {}
+        self._run, self._config, self._models = run, config, models
+        self._spool, self._store, self._requests = spool, store, requests
+
+    def active(self) -> list[int]:
+        """Nodes of the farms that are not paused, those with most images first.
+
+        Where farms take turns, the longest work begins first, so that nobody waits for it alone.
+        """
+        paused = {row.farm for row in self._store.pauses()}
+        rows = self._store.farms(self._run)
+        order = sorted(rows, key=lambda row: (-row.examples, row.farm, row.node))
+        return [row.node for row in order if row.node in self.farms and row.farm not in paused]
+
+    def hello(self) -> Accept:
+        """Judges introductions."""
+        return self._welcome
+
+    def aligned(self, work: Work) -> Accept:
+        """Judges replies to the round's own requests."""
+        asked = Asked(self._run, work.number, work.base.digest, work.base.mask.digest)
+        return partial(self._take_aligned, asked, self._expected(work.base.digest, work.scored))
+
+    def late(self, work: Work) -> Accept:
+        """Judges replies to requests of earlier rounds, while ``work`` is going on."""
+        return partial(self._take_late, work)
+
+    def report(self, number: int, base: Base, label: str) -> Accept:
+        """Judges reports."""
+        asked = Asked(self._run, number, base.digest, base.mask.digest)
+        return partial(self._take_report, asked, label)
+
+    def quarantine(self, number: int, node: int, reason: RejectReason, detail: str) -> None:
+        """Put a rejection on record; a farm that is at fault too often is paused."""
+        farm = self.farms.get(node)
+        log.warning("round %d, %s: %s (%s)", number, farm or f"node {node}", detail, reason)
+        self._store.record_rejection(self._run, number, node, reason, detail)
+        if farm is None or reason in BLAMELESS:
+            return
+        blamed = set(RejectReason) - BLAMELESS
+        strikes = self._store.strikes(node, farm, blamed)
+        if strikes >= self._config.rounds.strikes:
+            self._store.pause(farm, f"{strikes} bad replies in a row, the last: {detail}"[:500])
+            log.warning("farm %s is paused; 'fieldfed-server readmit' asks it again", farm)
+
+    # --- what comes in ---------------------------------------------------------------------
+
+    def _welcome(self, node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
+        if not isinstance(reply, HelloReply):
+            return self._unexpected(0, node, reply)
+        # a node gets another number when it starts again
+        self.farms = {n: farm for n, farm in self.farms.items() if farm != reply.farm}
+        self.farms[node] = reply.farm
+        self._requests.farm_holds(node, reply.held)
+        self._store.upsert_farm(self._run, node, reply.farm, reply.examples, reply.classes)
+        log.info("farm %s: %d images, %d classes", reply.farm, reply.examples, reply.classes)
+        return Verdict.ACCEPTED
+
+    def _take_aligned(
+        self, asked: Asked, expected: Expected, node: int, attempt: int, reply: Reply, size: int
+    ) -> Verdict:
+        if not isinstance(reply, AlignReply):
+            return self._unexpected(asked.round, node, reply)
+        try:
+            check_align(reply, asked, expected)
+        except ProtocolError as error:
+            self.quarantine(asked.round, node, error.reason, str(error))
+            return Verdict.REJECTED
+        return self._keep(asked.round, node, attempt, reply, size)
+
+    def _take_late(self, work: Work, node: int, attempt: int, reply: Reply, size: int) -> Verdict:
+        if not isinstance(reply, AlignReply):
+            return self._unexpected(work.number, node, reply)
+        try:
+            folded = self._made_current(reply, work)
+        except ProtocolError as error:
+            self.quarantine(work.number, node, error.reason, str(error))
+            return Verdict.RETRY
+        verdict = self._keep(work.number, node, attempt, folded, size)
+        if verdict is Verdict.ACCEPTED and work.scored:
+            return Verdict.FOLDED  # it brings no scores, and scores are what this round is for
+        return verdict
+
+    def _made_current(self, reply: AlignReply, work: Work) -> AlignReply:
+        """A late reply, checked against its own round, as an update of the present base.
+
+        Raises:
+            ProtocolError: LATE outside the window, FOREIGN_MASK when it trained units that a
+                restored model does not have, or whatever is wrong with it.
+        """
+        window, late = self._config.rounds.staleness, work.number - reply.round
+        if not 0 < late <= window:
+            detail = f"answers round {reply.round} in round {work.number}, the limit is {window}"
+            raise ProtocolError(f"{detail} late", RejectReason.LATE)
+        row = self._store.align_round(self._run, reply.round)
+        if row is None:
+            raise ProtocolError(f"answers round {reply.round}, which never was", RejectReason.STALE)
+        asked = Asked(self._run, reply.round, row.base, row.mask)
+        expected = self._expected(row.base, scored=False)
+        check_align(reply, asked, expected)
+        plain: dict[str, object] = {
+            "head_importance": None,
+            "head_mmd2": None,
+            "neuron_importance": None,
+        }
+        if row.mask != work.base.mask.digest:
+            plain["update"] = self._sliced(reply, expected.count, work.base)
+        return reply.model_copy(update=plain)
+
+    def _sliced(self, reply: AlignReply, count: int, base: Base) -> codec.Bytes:
+        """An update from before a prune event without what the event removed."""
+        before = Mask.from_json(self._store.mask(reply.mask))
+        try:
+            keep = base.mask.keep_in(before)
+        except ModelError:
+            raise ProtocolError(
+                f"trained under mask {reply.mask[:12]}, which the present one is not within",
+                RejectReason.FOREIGN_MASK,
+            ) from None
+        names = self._config.train.trainable
+        old, old_spec = self._models.load(reply.base)
+        layout = codec.layout_of(old, backbone.trainable_names(old, names))
+        values = codec.decode(reply.update, base=reply.base, count=count)
+        kept = slice_tensors(layout.unflatten(values), old_spec, keep)
+        new, _ = self._models.load(base.digest)
+        smaller = codec.layout_of(new, backbone.trainable_names(new, names))
+        return codec.encode(smaller.flatten(kept), base.digest, bits=32)
+
+    def _keep(self, number: int, node: int, attempt: int, reply: AlignReply, size: int) -> Verdict:
+        spooled = self._spool.put(self._run, number, node, reply)
+        if not self._store.record_reply(self._run, number, node, attempt, size, reply, spooled):
+            self.quarantine(number, node, RejectReason.DUPLICATE, "its reply counts already")
+            return Verdict.FOLDED
+        self._requests.farm_holds(node, [reply.base])
+        return Verdict.ACCEPTED
+
+    def _take_report(
+        self, asked: Asked, label: str, node: int, _attempt: int, reply: Reply, size: int
+    ) -> Verdict:
+        if not isinstance(reply, EvaluateReply):
+            return self._unexpected(asked.round, node, reply)
+        try:
+            check_evaluate(reply, asked, label)
+        except ProtocolError as error:
+            self.quarantine(asked.round, node, error.reason, str(error))
+            return Verdict.REJECTED
+        self._store.record_report(self._run, label, node, size, reply)
+        self._requests.farm_holds(node, [asked.base])
+        return Verdict.ACCEPTED
+
+    def _unexpected(self, number: int, node: int, reply: Reply) -> Verdict:
+        """A refusal, or an answer to another question."""
+        if isinstance(reply, Refusal) and reply.reason == "missing_base":
+            self._requests.farm_lost(node)
+            return Verdict.RETRY
+        if isinstance(reply, Refusal):
+            reason = RejectReason.REFUSED
+            if reply.reason == "protocol":
+                reason = RejectReason.PROTOCOL
+            self.quarantine(number, node, reason, f"{reply.reason}: {reply.detail}")
+        else:
+            self.quarantine(number, node, RejectReason.STALE, f"an unasked {reply.kind}")
+        return Verdict.REJECTED
+
+    def _expected(self, base: str, scored: bool) -> Expected:
+        model, spec = self._models.load(base)
+        names = backbone.trainable_names(model, self._config.train.trainable)
+        count = codec.layout_of(model, names).count
+        return Expected(spec, count, scored, self._config.rounds.max_reply_bytes)
