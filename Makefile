@@ -13,13 +13,17 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test lint format clean
+.PHONY: demo test chaos scale lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
 
 test: $(STAMP) lint
 	$(BIN)/python -P -m pytest
+
+# Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
+chaos scale: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.$@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output bench-work

@@ -1,0 +1,153 @@
+"""Ten thousand registered farms, five hundred at work in each round: what the server itself costs.
+
+``make scale`` (about 3 minutes). Farms are simulated and answer with random updates and scores; the
+round loop, the checks, the spool, the store, aggregation and consensus are the product's own.
+Printed: peak resident memory, and per round the seconds that are neither aggregation, consensus
+nor the simulated farms' own. ``python -m cProfile -s cumulative -m tests.benchmarks.scale`` shows
+where they go.
+"""
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import server.close
+from common import backbone, codec
+from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
+from common.messages import AlignReply, EvaluateReply, EvaluateRequest, Reply, Request
+from common.scores import encode_neurons
+from common.spec import ModelSpec
+from server.rounds import RunSettings, run_rounds
+from server.store import Store
+from tests.benchmarks.cells import Cells, unfinished
+from tests.lab.simulation import SimClock, SimFarm, SimLink
+
+REGISTERED, ACTIVE, ROUNDS = 10_000, 500, 4
+NAME, SIDE = "vit_small_patch14_dinov2", 112
+PARTS = ("aggregate", "consensus", "farm_scores")
+
+
+class Stopwatch:
+    """Seconds spent in functions, by name, up to the end of each round."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(("farms", *PARTS), 0.0)
+        self.rounds: list[dict[str, float]] = []
+
+    def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, on the watch."""
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return work(*arguments, **options)
+            finally:
+                self.seconds[name] += time.monotonic() - started
+
+        return watched
+
+
+class Answers:
+    """Random replies of the right shape."""
+
+    def __init__(self, spec: ModelSpec, count: int) -> None:
+        self._spec, self._count = spec, count
+        self._rng = np.random.default_rng(0)
+
+    def __call__(self, node: int, farm: SimFarm, request: Request) -> Reply:
+        """A reply to any request."""
+        done: dict[str, Any] = {
+            "farm": farm.name,
+            "examples": 100,
+            "accuracy": 0.8,
+            "f1": 0.8,
+            "seconds": 60.0,
+        }
+        if isinstance(request, EvaluateRequest):
+            return EvaluateReply(**request.identity(), **done, label=request.label)
+        assert request.kind == "align"
+        values = self._rng.standard_normal(self._count, dtype=np.float32)
+        scores: dict[str, Any] = {}
+        if request.score:
+            heads, neurons = sum(self._spec.heads), sum(self._spec.neurons)
+            scores["head_importance"] = self._rng.dirichlet(np.ones(heads)).astype(np.float32)
+            scores["head_mmd2"] = self._rng.uniform(0, 1, heads).astype(np.float32)
+            neuron = self._rng.dirichlet(np.ones(neurons)).astype(np.float32)
+            scores["neuron_importance"] = encode_neurons(neuron)
+        return AlignReply(
+            **request.identity(),
+            **done,
+            loss=1.0,
+            dal=0.0,
+            steps=10,
+            train_seconds=50.0,
+            update=codec.encode(values, request.base),
+            **scores,
+        )
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """One run; rounds 1 and 2 are score rounds, and round 2 ends with a prune event."""
+    spec = backbone.dense_spec(NAME, SIDE)
+    model = backbone.build(spec)
+    backbone.save_backbone(folder / "base.safetensors", model, spec)
+    config = ServerConfig(
+        backbone=BackboneConfig(name=NAME, image_size=SIDE),
+        plan=PlanConfig(rounds=ROUNDS, warmup=2, prune_events=1, prune_heads=0.1),
+        rounds=RoundConfig(sample=ACTIVE, max_in_flight=REGISTERED, grace_seconds=0),
+    )
+    settings = folder / "run.json"
+    settings.write_text(RunSettings(config=config, probe=False).model_dump_json())
+    watch, clock, rng = Stopwatch(), SimClock(), np.random.default_rng(1)
+    names = backbone.trainable_names(model, config.train.trainable)
+    answers = Answers(spec, codec.layout_of(model, names).count)
+    farms = [SimFarm(f"farm{i}", float(rng.uniform(40, 200))) for i in range(REGISTERED)]
+    link = SimLink(clock, farms, watch.timed("farms", answers))
+    for part in PARTS:
+        setattr(server.close, part, watch.timed(part, getattr(server.close, part)))
+    commit = Store.commit_round
+
+    def noted(*arguments: Any, **options: Any) -> None:
+        watch.rounds.append(dict(watch.seconds))
+        commit(*arguments, **options)
+
+    Store.commit_round = noted  # type: ignore[method-assign]
+    run_rounds(link, folder, settings, clock)
+    with Store.open(folder / "fieldfed.db") as store:
+        found = [row for row in store.rounds(1) if row.kind == "align"]
+    rows, before = [], dict.fromkeys(watch.seconds, 0.0)
+    for row, total in zip(found, watch.rounds, strict=True):
+        parts = {name: total[name] - before[name] for name in total}
+        wall, before = (row.finished or row.started) - row.started, total
+        own = wall - sum(parts.values())
+        rows.append({"round": row.round, "replies": row.participants, "wall": wall, "own": own})
+        rows[-1] |= parts
+    return {
+        "registered": REGISTERED,
+        "active": ACTIVE,
+        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "server_seconds_per_round": max(row["own"] for row in rows),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    cells = Cells("scale", 30)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = cells.run("run", lambda: measure(Path(folder)))
+    if figures is None:
+        unfinished("scale")
+        return
+    cells.finish({key: value for key, value in figures.items() if key != "cell"}, [0])
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
