@@ -52,7 +52,9 @@ class PlanConfig(Section):
     compensation: Literal["none", "bias", "least_squares"] = Field(
         default="least_squares", description="how what was cut is made up for, on source images"
     )
-    kappa: float = Field(default=0.25, ge=0, le=1, description="share of the maximum over farms")
+    kappa: float = Field(
+        default=0.25, ge=0, le=1, description="share of the maximum over farms, with mean"
+    )
     consensus: Literal["mean", "median", "trimmed"] = "mean"
     max_drop_ratio: float = Field(
         default=0.05, ge=0, le=1, description="accuracy a prune event may cost after its recovery"

@@ -205,7 +205,9 @@ class RoundCloser:
             return None
         plan = self._config.plan
         weighed = [(row.examples, farms[row.node]) for row in replies if row.node in farms]
-        return consensus(weighed, kappa=plan.kappa, rule=plan.consensus)
+        # one liar is enough for a maximum: where farms are not trusted, it counts for nothing
+        kappa = plan.kappa if plan.consensus == "mean" else 0.0
+        return consensus(weighed, kappa=kappa, rule=plan.consensus)
 
     def _rows(
         self,

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from server.store import Store
 from tests.lab.network import Lab
 
@@ -138,6 +140,7 @@ def _candidates(lab: Lab) -> list[str]:
 
 def main() -> None:
     """Command line."""
+    torch.set_num_threads(1)  # a fork has none of the parent's threads, and would wait for them
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     figures = batter(root, kills, seed, lambda now: print(json.dumps(asdict(now)), flush=True))
