@@ -230,7 +230,7 @@ def demo(
     ] = False,
     per_class: Annotated[int | None, typer.Option(help="few-shot: training images used")] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="rounds of each run; default 6, drawn 4")
+        int | None, typer.Option(help="rounds of each run; default 6, drawn 3")
     ] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,

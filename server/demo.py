@@ -47,7 +47,7 @@ from server.summary import summarise
 SAMPLES = 6
 WORST_DROP = 0.05
 AT_WORK_AT_ONCE = 2
-DRAWN_ROUNDS = 4
+DRAWN_ROUNDS = 3
 
 # A tiny vision transformer that learns the drawn plants from nothing in a minute.
 DRAWN_BACKBONE = BackboneConfig(

@@ -43,6 +43,7 @@ class Intake:
         requests: Requests,
     ) -> None:
         self.farms: dict[int, str] = {}
+        self._nodes: dict[str, int] = {}
         self._run, self._config, self._models = run, config, models
         self._spool, self._store, self._requests = spool, store, requests
 
@@ -93,8 +94,8 @@ class Intake:
         if not isinstance(reply, HelloReply):
             return self._unexpected(0, node, reply)
         # a node gets another number when it starts again
-        self.farms = {n: farm for n, farm in self.farms.items() if farm != reply.farm}
-        self.farms[node] = reply.farm
+        self.farms.pop(self._nodes.get(reply.farm, node), None)
+        self.farms[node], self._nodes[reply.farm] = reply.farm, node
         self._requests.farm_holds(node, reply.held)
         self._store.upsert_farm(self._run, node, reply.farm, reply.examples, reply.classes)
         log.info("farm %s: %d images, %d classes", reply.farm, reply.examples, reply.classes)

@@ -24,7 +24,7 @@ from server.store import Store
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 5.0
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 60.0
 """How long a run may be without a living server process before it is given up."""
 WAIT_SECONDS, WAIT_LIMIT = 5.0, 300.0
 

@@ -23,6 +23,7 @@ from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
 from common.messages import AlignReply, EvaluateReply, EvaluateRequest, Reply, Request
 from common.scores import encode_neurons
 from common.spec import ModelSpec
+from server.models import Models
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
 from tests.benchmarks.cells import Cells, unfinished
@@ -56,9 +57,18 @@ class Stopwatch:
 class Answers:
     """Random replies of the right shape."""
 
-    def __init__(self, spec: ModelSpec, count: int) -> None:
-        self._spec, self._count = spec, count
+    def __init__(self, models: Models, trainable: str) -> None:
+        self._models, self._trainable = models, trainable
+        self._shapes: dict[str, tuple[ModelSpec, int]] = {}
         self._rng = np.random.default_rng(0)
+
+    def _shape(self, base: str, mask: str) -> tuple[ModelSpec, int]:
+        """Spec and numbers of an update under this mask."""
+        if mask not in self._shapes:
+            model, spec = self._models.load(base)
+            names = backbone.trainable_names(model, self._trainable)
+            self._shapes[mask] = spec, codec.layout_of(model, names).count
+        return self._shapes[mask]
 
     def __call__(self, node: int, farm: SimFarm, request: Request) -> Reply:
         """A reply to any request."""
@@ -72,10 +82,11 @@ class Answers:
         if isinstance(request, EvaluateRequest):
             return EvaluateReply(**request.identity(), **done, label=request.label)
         assert request.kind == "align"
-        values = self._rng.standard_normal(self._count, dtype=np.float32)
+        spec, count = self._shape(request.base, request.mask)
+        values = self._rng.standard_normal(count, dtype=np.float32)
         scores: dict[str, Any] = {}
         if request.score:
-            heads, neurons = sum(self._spec.heads), sum(self._spec.neurons)
+            heads, neurons = sum(spec.heads), sum(spec.neurons)
             scores["head_importance"] = self._rng.dirichlet(np.ones(heads)).astype(np.float32)
             scores["head_mmd2"] = self._rng.uniform(0, 1, heads).astype(np.float32)
             neuron = self._rng.dirichlet(np.ones(neurons)).astype(np.float32)
@@ -105,8 +116,7 @@ def measure(folder: Path) -> dict[str, Any]:
     settings = folder / "run.json"
     settings.write_text(RunSettings(config=config, probe=False).model_dump_json())
     watch, clock, rng = Stopwatch(), SimClock(), np.random.default_rng(1)
-    names = backbone.trainable_names(model, config.train.trainable)
-    answers = Answers(spec, codec.layout_of(model, names).count)
+    answers = Answers(Models(folder), config.train.trainable)
     farms = [SimFarm(f"farm{i}", float(rng.uniform(40, 200))) for i in range(REGISTERED)]
     link = SimLink(clock, farms, watch.timed("farms", answers))
     for part in PARTS:
