@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from common.processes import Child, free_port, stop_all
+from common.processes import Child, free_port, stop_all, wait_for_port
 from server.store import Store
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.lab.network import SIDE, TINY, draw_folder
@@ -31,7 +31,7 @@ BIN = Path(sys.executable).parent
 LAB_CELLS, LAB_KILLS, REAL_KILLS, KILLS_PER_RUN = 10, 20, 20, 4
 RUN_SECONDS = 900.0
 TARGETS = {
-    "server process": "flwr-serverapp",
+    "server process": "import server.app",
     "superexec": "flower-superexec",
     "superlink": "flower-superlink",
     "everything": "",
@@ -110,6 +110,7 @@ def open_site(root: Path) -> Site:
     (server / "server.toml").write_text(SETTINGS.format(**values))
     call("fieldfed-server", "pretrain", str(server))
     up = program("up", root, "fieldfed-server", "up", str(server))
+    wait_for_port("127.0.0.1", port, 60, up)
     farms = []
     for number, name in enumerate(("oak", "vine")):
         data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
