@@ -4,15 +4,12 @@ A farm that waits has everything else behind it already: its process, its import
 """
 
 import contextlib
-import fcntl
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import StateError
-
-log = logging.getLogger(__name__)
+from common.files import lock
 
 POLL_SECONDS = 0.1
 
@@ -39,14 +36,6 @@ def turn(folder: Path | None, places: int) -> Iterator[None]:
             raise StateError(
                 f"[farm] turns: '{folder}' cannot be used: {error.strerror}"
             ) from error
-        while not any(_taken(file.fileno()) for file in files):
+        while not any(lock(file) for file in files):
             time.sleep(POLL_SECONDS)
         yield
-
-
-def _taken(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

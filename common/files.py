@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from common.errors import StateError
 
@@ -42,13 +43,18 @@ def only_one(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                f"another process works in '{path.parent}'; wait until it ends"
-            ) from None
+        if not lock(file):
+            raise StateError(f"another process works in '{path.parent}'; wait until it ends")
         yield
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed, if nobody else has; returns whether it is ours."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -97,18 +97,8 @@ class RoundCloser:
         if mask != base.mask:
             model, spec, digest = self._cut(model, spec, base.mask, mask)
         candidate = self._candidate(model, spec, digest, base.digest, mask)
-        self._store.commit_round(
-            run,
-            number,
-            candidate=candidate,
-            mask_json=mask.to_json() if mask != base.mask else None,
-            scores=self._rows(agreed, farms, replies, base.mask),
-            macs_ratio=candidate.macs / backbone.macs(self._dense),
-            heads_kept_ratio=mask.heads_kept_ratio,
-            mean_accuracy=_mean(list(accuracies(replies).values())),
-            verdict=verdict,
-        )
-        self._spool.discard_round(run, number)
+        scores = self._rows(agreed, farms, replies, base.mask)
+        self._commit(run, number, candidate, mask, replies, scores, verdict)
         return Base(digest, mask)
 
     def restore(self, run: int, number: int, base: Base, verdict: VerdictRow) -> Base:
@@ -118,17 +108,34 @@ class RoundCloser:
         """
         model, spec = self._models.load(base.digest)
         candidate = self._candidate(model, spec, base.digest, base.digest, base.mask)
+        replies = self._store.replies(run, number)
+        self._commit(run, number, candidate, base.mask, replies, [], verdict)
+        return base
+
+    def _commit(
+        self,
+        run: int,
+        number: int,
+        candidate: CandidateRow,
+        mask: Mask,
+        replies: Sequence[ReplyRow],
+        scores: Sequence[ScoreRow],
+        verdict: VerdictRow | None,
+    ) -> None:
+        """Put the end of a round on record, and let its spooled replies go."""
+        judged = list(accuracies(replies).values())
         self._store.commit_round(
             run,
             number,
             candidate=candidate,
+            mask_json=mask.to_json(),
+            scores=scores,
             macs_ratio=candidate.macs / backbone.macs(self._dense),
-            heads_kept_ratio=base.mask.heads_kept_ratio,
-            mean_accuracy=_mean(list(accuracies(self._store.replies(run, number)).values())),
+            heads_kept_ratio=mask.heads_kept_ratio,
+            mean_accuracy=float(np.mean(judged)) if judged else None,
             verdict=verdict,
         )
         self._spool.discard_round(run, number)
-        return base
 
     def _candidate(
         self, model: VisionTransformer, spec: ModelSpec, digest: str, parent: str, mask: Mask
@@ -251,7 +258,3 @@ class RoundCloser:
         digest = self._models.save(pruned, pruned_spec)
         log.info("pruned to %.0f %% of heads: %s", 100 * after.heads_kept_ratio, digest[:12])
         return pruned, pruned_spec, digest
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None

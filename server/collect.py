@@ -1,8 +1,8 @@
 """Ask farms and gather their answers: one exchange, with quorum, deadline and retries.
 
-Delivery is at most once, so a request without an answer is sent again as a new message: at once
-lost ones after a jittered back-off, silent ones after ``attempt_seconds``. A farm that has done
-the work answers a repeated request from disk, and only its first answer counts. At most
+Delivery is at most once, so a request without an answer is sent again as a new message: after a
+jittered back-off when it was lost, after ``attempt_seconds`` when the farm is silent. A farm that
+has done the work answers a repeated request from disk, and only its first answer counts. At most
 ``max_in_flight`` farms work at once, and a farm's deadline starts when it is first asked.
 
 The exchange ends when every farm has answered or given up, or ``grace_seconds`` after the quorum.

@@ -24,6 +24,7 @@ import psutil
 from common.processes import Child, free_port, stop_all, wait_for_port
 from server.store import Store
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.lab.chaos import opened, redone
 from tests.lab.network import SIDE, TINY, draw_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -134,16 +135,6 @@ def progress(site: Site) -> tuple[str, int]:
         return run.state, 0 if last is None else last[0]
 
 
-def opened(site: Site) -> dict[int, int]:
-    """How often each round of alignment was opened."""
-    if not (site.server / "fieldfed.db").is_file():
-        return {}
-    with Store.open(site.server / "fieldfed.db") as store:
-        run = store.latest_run()
-        rows = [] if run is None else store.rounds(run.run)
-    return {row.round: row.attempt for row in rows if row.kind == "align"}
-
-
 def kill(site: Site, target: str) -> bool:
     """SIGKILL to one kind of process; whether there was one."""
     if target == "everything":
@@ -170,22 +161,21 @@ def play(site: Site, targets: list[str], draw: random.Random) -> Cell:
     """One run with a kill for every target, at random moments while it goes on."""
     train = program("train", site.root, "fieldfed-server", "train", str(site.server))
     hits: list[dict[str, Any]] = []
-    redone, until = 0, time.monotonic() + RUN_SECONDS
+    most, until = 0, time.monotonic() + RUN_SECONDS
     while targets or progress(site)[0] != "done":
         if time.monotonic() > until:
             raise SystemExit(f"the run stands still: {progress(site)}; see {site.root}")
         wait = draw.uniform(2, 25) if targets else 1.0
-        before = opened(site)
+        before = opened(site.server)
         time.sleep(wait)
         if progress(site)[0] == "done":
             break
         if targets and progress(site)[0] == "running" and kill(site, targets[0]):
             hits.append({"target": targets.pop(0), "committed": progress(site)[1]})
             time.sleep(20)
-        after = opened(site)
-        redone = max(redone, sum(after[number] > times for number, times in before.items()))
+        most = max(most, redone(site.server, before))
     stop_all([train])
-    return {"kills": len(hits), "hits": hits, "rounds_redone_max": redone}
+    return {"kills": len(hits), "hits": hits, "rounds_redone_max": most}
 
 
 def real(number: int) -> Cell:

@@ -68,13 +68,11 @@ def _one_run(
     shutil.copytree(root / "fresh", lab.root)
     hits, done = 0, False
     while not done:
-        before = _opened(lab)
+        before = opened(lab.server_dir)
         killed = _child(lab, delay() if figures.kills + hits < kills else None)
         hits += killed
         done = not killed or _over(lab)
-        after = _opened(lab)
-        redone = sum(after[number] > times for number, times in before.items())
-        figures.rounds_redone_max = max(figures.rounds_redone_max, redone)
+        figures.rounds_redone_max = max(figures.rounds_redone_max, redone(lab.server_dir, before))
     figures.kills += hits
     figures.resumed += hits
     figures.runs += 1
@@ -101,14 +99,20 @@ def _child(lab: Lab, delay: float | None) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def _opened(lab: Lab) -> dict[int, int]:
-    """How often each round of alignment was opened."""
-    if not (lab.server_dir / "fieldfed.db").is_file():
+def opened(server_dir: Path) -> dict[int, int]:
+    """How often each round of alignment of the last run was opened."""
+    if not (server_dir / "fieldfed.db").is_file():
         return {}
-    with Store.open(lab.server_dir / "fieldfed.db") as store:
+    with Store.open(server_dir / "fieldfed.db") as store:
         run = store.latest_run()
         rows = [] if run is None else store.rounds(run.run)
     return {row.round: row.attempt for row in rows if row.kind == "align"}
+
+
+def redone(server_dir: Path, before: dict[int, int]) -> int:
+    """How many rounds that were ``opened`` before have been opened again since."""
+    after = opened(server_dir)
+    return sum(after[number] > times for number, times in before.items())
 
 
 def _over(lab: Lab) -> bool:
