@@ -1,5 +1,6 @@
 """Flower ClientApp: nothing but glue between a Flower message and the farm that answers it."""
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def answer(message: Message, context: Context) -> Message:
         log.exception("a request failed")
         reply = Refusal(reason="internal", detail=f"{type(error).__name__}; see the farm's log")
     return Message(to_record(reply), reply_to=message)
+
+
+def load() -> None:
+    """Import all that an answer needs, so that nothing is left to import then."""
+    for module in ("client.farm", "flwr.supernode.cli"):
+        importlib.import_module(module)
 
 
 def main() -> None:

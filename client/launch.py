@@ -1,11 +1,17 @@
-"""Starts and supervises Flower's SuperNode on a farm; it starts our ClientApp for each request."""
+"""Starts and supervises a farm's programs: Flower's SuperNode, and the executor of its requests.
+
+The SuperNode fetches requests and starts ``flwr-clientapp`` for each, which has the executor answer
+it (client/executor.py).
+"""
 
 import json
 import logging
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import client.messenger
 from common.config import FarmConfig
 from common.errors import ConfigError
 from common.files import write_atomically
@@ -21,6 +27,7 @@ from common.programs import (
     flower_home,
     logs_of,
     programs_of,
+    python_command,
     write_program,
 )
 
@@ -53,11 +60,13 @@ def run_supernode(
     require_loopback(config.farm.superlink.rpartition(":")[0], "[farm] superlink")
     if not config_path.is_file():
         raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
-    child = supernode(config, config_path, state_dir)
+    env = _environment(config, state_dir)
+    children = [executor(state_dir, env), supernode(config, config_path, state_dir, env)]
     stop = stop or threading.Event()
     try:
         with terminate_like_interrupt(), Supervisor() as supervisor:
-            supervisor.start(child)
+            for child in children:
+                supervisor.start(child)
             log.info("%s works for the server at %s", config.farm.name, config.farm.superlink)
             while not stop.wait(1.0):
                 pass
@@ -65,14 +74,24 @@ def run_supernode(
         log.info("%s stopped", config.farm.name)
 
 
-def supernode(config: FarmConfig, config_path: Path, state_dir: Path) -> Child:
+def executor(state_dir: Path, env: Mapping[str, str]) -> Child:
+    """The executor of a farm's requests, ready to start; writes the program that reaches it."""
+    home, logs = flower_home(state_dir), logs_of(state_dir)
+    messenger = [sys.executable, "-I", "-S", client.messenger.__file__, str(home)]
+    log_file = logs / "clientapp.log"
+    write_program(programs_of(state_dir) / "flwr-clientapp", "client.app", log_file, messenger)
+    command = [*python_command("client.executor"), str(home), str(log_file)]
+    return Child("executor", lambda: command, logs / "executor.log", env)
+
+
+def supernode(
+    config: FarmConfig, config_path: Path, state_dir: Path, env: Mapping[str, str]
+) -> Child:
     """The SuperNode of a farm, ready to start; writes what it and its children read."""
     node_config = flower_home(state_dir) / "node.toml"  # a file: paths need no quoting
     values = {"config": str(config_path.absolute()), "state-dir": str(state_dir.absolute())}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     write_atomically(node_config, "\n".join(lines).encode())
-    logs = logs_of(state_dir)
-    write_program(programs_of(state_dir) / "flwr-clientapp", "client.app", logs / "clientapp.log")
 
     def command() -> Sequence[str]:
         return [
@@ -84,7 +103,7 @@ def supernode(config: FarmConfig, config_path: Path, state_dir: Path) -> Child:
             *("--node-config", str(node_config)),
         ]
 
-    return Child("supernode", command, logs / "supernode.log", _environment(config, state_dir))
+    return Child("supernode", command, logs_of(state_dir) / "supernode.log", env)
 
 
 def _environment(config: FarmConfig, state_dir: Path) -> dict[str, str]:

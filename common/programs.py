@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.processes import rotate
@@ -65,18 +66,29 @@ def child_environment(programs: Path) -> dict[str, str]:
     return env
 
 
-def write_program(path: Path, module: str, log_file: Path) -> None:
-    """Write an executable that runs ``main()`` of OUR ``module``, whatever else has its name."""
+def write_program(path: Path, module: str, log_file: Path, messenger: Sequence[str] = ()) -> None:
+    """Write an executable that runs ``main()`` of OUR ``module``, whatever else has its name.
+
+    ``messenger``: a command that gets the arguments first; if it succeeds there is nothing to do.
+    """
+    output = shlex.quote(str(log_file.absolute()))
+    lines = ["#!/bin/sh"]
+    if messenger:
+        lines.append(f'{shlex.join(messenger)} "$@" >>{output} 2>&1 && exit 0')
+    lines.append(f'exec {shlex.join(python_command(module))} "$@" >>{output} 2>&1')
+    rotate(log_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A shell script, because a path with a space cannot stand in a first line of its own.
+    path.write_text("\n".join(lines) + "\n")
+    path.chmod(0o755)
+
+
+def python_command(module: str) -> list[str]:
+    """The command that runs ``main()`` of our ``module``; arguments may follow."""
     root = Path(__file__).resolve().parent.parent
     package = module.partition(".")[0]
     code = (
         f"import sys; sys.path.insert(0, {str(root)!r}); import common, {package}; "
         f"del sys.path[0]; import {module}; sys.exit({module}.main())"
     )
-    # A shell script, because a path with a space cannot stand in a first line of its own.
-    python = f"{shlex.quote(sys.executable)} -P -c {shlex.quote(code)}"
-    output = shlex.quote(str(log_file.absolute()))
-    rotate(log_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec {python} "$@" >>{output} 2>&1\n')
-    path.chmod(0o755)
+    return [sys.executable, "-P", "-c", code]

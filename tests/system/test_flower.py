@@ -241,7 +241,7 @@ def test_ctrl_c_during_a_run_leaves_no_process(
         wait_until(lambda: "Start `flwr-clientapp`" in plant.log("alpha", "clientapp"), 60, working)
         processes = [p for child in plant.launchers for p in child.observe()]
         names = " ".join(" ".join(p.cmdline()) for p in processes if p.is_running())
-        for name in ("superlink", "superexec", "supernode", "client.app", "server.app"):
+        for name in ("superlink", "superexec", "supernode", "client.executor", "server.app"):
             assert name in names
         for child in plant.launchers:
             assert child.pid is not None
@@ -260,6 +260,24 @@ def test_a_dead_superlink_is_started_again(plant: Plant, honest: Honest) -> None
     restarted = "superlink started again"
     wait_until(lambda: restarted in plant.server.log_file.read_text(), 30, restarted)
     wait_for_port(plant.network.host, plant.network.port, 30)
+
+
+def test_requests_are_answered_with_and_without_an_executor(
+    bundle: Path, plant: Plant, honest: Honest
+) -> None:
+    executor = _executor(plant)
+    assert "Start `flwr-clientapp`" in plant.log("alpha", "clientapp")
+    assert not plant.log("alpha", "executor"), "what children print belongs into clientapp.log"
+    executor.kill()
+    report = plant.run([{**ALIGN, "seed": 7}], bundle, "without-executor")
+    assert farm_names(report["steps"][0]) == sorted(plant.farms)
+    wait_until(lambda: _executor(plant).pid != executor.pid, 30, "another executor")
+
+
+def _executor(plant: Plant) -> psutil.Process:
+    """The parent of those that answer for alpha."""
+    found = [p for p in plant.farms["alpha"].observe() if "client.executor" in str(p.cmdline())]
+    return min(found, key=lambda process: process.create_time())
 
 
 def test_launchers_need_no_torch() -> None:
