@@ -11,8 +11,11 @@ from typing import IO
 from common.errors import StateError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
     """Write to a temporary file beside ``path``, fsync, rename, fsync the folder.
+
+    ``durable=False`` leaves out both fsyncs: a crash of the process still leaves the old file or
+    the new one, but a power cut may leave a damaged one, which the reader has to notice.
 
     Raises:
         StateError: the disk is full or the folder cannot be written; ``path`` is left as it was.
@@ -24,9 +27,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         Path(temporary).replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         if temporary is not None:
             with contextlib.suppress(OSError):

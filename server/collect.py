@@ -173,9 +173,13 @@ class Collector:
         return now >= progress.quorum_at + grace
 
     def _send_waiting(self, exchange: Exchange, progress: _Progress) -> None:
-        online, now, rules = set(self._link.online()), self._clock.now(), self._rules
-        for farm in list(progress.open.values()):
-            if farm.node in progress.busy or now < farm.next_at:
+        now, rules = self._clock.now(), self._rules
+        idle = [farm for farm in progress.open.values() if now >= farm.next_at]
+        if not idle:
+            return
+        online = set(self._link.online())
+        for farm in idle:
+            if farm.node in progress.busy:
                 continue
             if farm.attempt == 0 and (not farm.deadline or farm.node in online):
                 # queued is not late; but a farm that stays offline does not hold the round for ever

@@ -163,11 +163,11 @@ class Intake:
                 RejectReason.FOREIGN_MASK,
             ) from None
         names = self._config.train.trainable
-        old, old_spec = self._models.load(reply.base)
+        old, old_spec = self._models.view(reply.base)
         layout = codec.layout_of(old, backbone.trainable_names(old, names))
         values = codec.decode(reply.update, base=reply.base, count=count)
         kept = slice_tensors(layout.unflatten(values), old_spec, keep)
-        new, _ = self._models.load(base.digest)
+        new, _ = self._models.view(base.digest)
         smaller = codec.layout_of(new, backbone.trainable_names(new, names))
         return codec.encode(smaller.flatten(kept), base.digest, bits=32)
 
@@ -208,7 +208,7 @@ class Intake:
         return Verdict.REJECTED
 
     def _expected(self, base: str, scored: bool) -> Expected:
-        model, spec = self._models.load(base)
+        model, spec = self._models.view(base)
         names = backbone.trainable_names(model, self._config.train.trainable)
         count = codec.layout_of(model, names).count
         return Expected(spec, count, scored, self._config.rounds.max_reply_bytes)

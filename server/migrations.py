@@ -173,7 +173,10 @@ _SECOND: Migration = (
     ) STRICT, WITHOUT ROWID""",
 )
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND)
+# Whether a farm's reply counts already is asked for every reply.
+_THIRD: Migration = ("CREATE INDEX replies_by_farm ON replies (run, farm)",)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

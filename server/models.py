@@ -5,6 +5,7 @@ models/DIGEST.delta          the coded step that leads to it from its parent (it
 anchors/MASK.safetensors     the anchors that belong to a mask
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +29,37 @@ class Models:
         self._models = state_dir / "models"
         self._anchors = state_dir / "anchors"
         self._bodies: dict[Path, Array] = {}
+        self._newest: tuple[str, VisionTransformer, ModelSpec] | None = None
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
         return self._models / f"{digest}.safetensors"
 
     def save(self, model: VisionTransformer, spec: ModelSpec, step: Array | None = None) -> str:
-        """Keep a candidate and, when it has one, the coded step from its parent."""
+        """Keep a candidate and, when it has one, the coded step from its parent.
+
+        ``model`` stays in memory: it must not be changed after that.
+        """
         digest = backbone.digest(model, spec)
         if step is not None:
             write_atomically(self._models / f"{digest}.delta", step.tobytes())
         backbone.save_backbone(self.path(digest), model, spec)
+        self._newest = digest, model, spec
         return digest
 
     def load(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
-        """A candidate; raises StateError when it is absent or damaged."""
-        model, spec = backbone.load_backbone(self.path(digest))
-        if backbone.digest(model, spec) != digest:
-            raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
-        return model, spec
+        """A candidate, the caller's to change; raises StateError when it is absent or damaged."""
+        model, spec = self.view(digest)
+        return copy.deepcopy(model), spec
+
+    def view(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
+        """A candidate to look at only: the newest stays in memory. Raises as ``load`` does."""
+        if self._newest is None or self._newest[0] != digest:
+            model, spec = backbone.load_backbone(self.path(digest))
+            if backbone.digest(model, spec) != digest:
+                raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
+            self._newest = digest, model, spec
+        return self._newest[1:]
 
     def body(self, digest: str) -> Array:
         """The candidate as bytes."""

@@ -1,4 +1,8 @@
-"""What farms send, on record: replies, rejections, traffic and reports."""
+"""What farms send, on record: replies, rejections, traffic and reports.
+
+None of it is fsynced by itself: a power cut before the end of a round costs some replies, and their
+farms are asked again. The commit of the round makes all of it durable.
+"""
 
 import json
 import sqlite3
@@ -32,6 +36,7 @@ class Records(Database):
             "VALUES (?, ?, ?, ?, 1, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + 1, "
             "attempt = excluded.attempt, bytes_down = bytes_down + excluded.bytes_down",
             *(run, number, kind, node, attempt, size_bytes),
+            durable=False,
         )
 
     def record_reply(
@@ -56,11 +61,13 @@ class Records(Database):
         now = time.time()
         metrics = (reply.accuracy, reply.f1, reply.loss, reply.dal, reply.seconds)
         where = (str(spooled.path), spooled.digest)
-        with self._writing() as db:
+        with self._writing(durable=False) as db:
             _count_up(db, run, number, "align", node, size_bytes, now)
             counted = self._select(
-                "SELECT 1 FROM replies WHERE run = ? AND (node = ? OR farm = ?) "
-                "AND (round = ? OR of_round = ?)",
+                "SELECT 1 FROM replies WHERE run = ?1 AND node = ?2 "
+                "AND (round = ?4 OR of_round = ?5) UNION ALL "
+                "SELECT 1 FROM replies WHERE run = ?1 AND farm = ?3 "
+                "AND (round = ?4 OR of_round = ?5)",
                 *(run, node, reply.farm, number, reply.round),
             )
             if counted:
@@ -122,6 +129,7 @@ class Records(Database):
             "INSERT INTO rejections (run, round, node, reason, detail, received) "
             "VALUES (?, ?, ?, ?, ?, ?)",
             *(run, number, node, reason.value, detail, time.time()),
+            durable=False,
         )
 
     def rejections(self, run: int) -> list[RejectionRow]:
@@ -206,7 +214,7 @@ class Records(Database):
         """
         now = time.time()
         metrics = (reply.accuracy, reply.f1, reply.examples, size_bytes, reply.seconds)
-        with self._writing() as db:
+        with self._writing(durable=False) as db:
             _count_up(db, run, reply.round, "evaluate", node, size_bytes, now)
             cursor = db.execute(
                 "INSERT INTO reports (run, label, node, round, farm, base, accuracy, f1, "

@@ -79,8 +79,9 @@ def run_rounds(
     settings = RunSettings.model_validate_json(run_settings.read_text())
     # a server process that outlived its SuperLink must not write beside the one that replaces it
     with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
-        run = start_or_resume(settings, store, Models(state_dir), state_dir)
-        RoundLoop(run, settings, link, clock or WallClock(), store, state_dir).go()
+        models = Models(state_dir)
+        run = start_or_resume(settings, store, models, state_dir)
+        RoundLoop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
     return run
 
 
@@ -109,11 +110,12 @@ class RoundLoop:
         link: FarmLink,
         clock: Clock,
         store: Store,
+        models: Models,
         state_dir: Path,
     ) -> None:
         self.run, self._settings, self._config = run, settings, settings.config
         self._link, self._clock, self._store = link, clock, store
-        self._models, self._spool = Models(state_dir), Spool(state_dir / "spool")
+        self._models, self._spool = models, Spool(state_dir / "spool")
         self._spool.sweep(store.spooled_paths(run))
         self._owed: dict[str, Owed] = {}
         row = store.run(run)

@@ -140,7 +140,9 @@ class Spool:
         data = save(arrays, metadata={"reply": about})
         digest = hashlib.sha256(data).hexdigest()
         path = self._round(run, number) / f"{digest}{_SUFFIX}"
-        write_atomically(path, data)
+        # a reply that a power cut damages does not match its name: its farm is asked again, and
+        # answers from its own disk; waiting for ours would cost every round a second
+        write_atomically(path, data, durable=False)
         return SpooledReply(path, digest)
 
     def open(self, path: Path) -> ReplyReader:

@@ -1,4 +1,4 @@
-"""The truth about every run, on disk: SQLite in WAL mode, fsynced at each commit.
+"""The truth about every run, on disk: SQLite in WAL mode, fsynced when a run or round moves on.
 
 A run writes itself down before it acts: the round before its requests, a reply before it counts,
 and the end of a round (aggregate, consensus, mask, candidate) in ONE transaction. Killed at any
@@ -120,6 +120,7 @@ class Store(Records):
             "examples = excluded.examples, classes = excluded.classes, "
             "last_seen = excluded.last_seen",
             *(run, node, farm, examples, classes, time.time()),
+            durable=False,
         )
 
     def farms(self, run: int) -> list[FarmRow]:

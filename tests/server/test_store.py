@@ -234,6 +234,19 @@ def test_commit_keeps_everything_of_a_round(store: Store) -> None:
     assert store.spooled_paths(run) == []
 
 
+def test_only_the_beginning_and_the_end_of_a_round_wait_for_the_disk(store: Store) -> None:
+    def waits() -> bool:
+        return store._select("PRAGMA synchronous")[0][0] == 2  # FULL
+
+    run = started(store)
+    opened(store, run)
+    assert waits()
+    store.record_sent(run, 1, 1, 1, 100)
+    assert not waits()
+    commit(store, run)
+    assert waits()
+
+
 def test_scores_come_back_as_they_went(store: Store) -> None:
     run = started(store)
     for number in (1, 2):
