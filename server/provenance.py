@@ -12,10 +12,10 @@ PACKAGES = ("fieldfed", "flwr", "torch", "timm", "numpy")
 
 def provenance(command: str, seed: int) -> Provenance:
     """Of a run that starts now."""
-    return Provenance(command=command, commit=_commit(), versions=_versions(), seed=seed)
+    return Provenance(command=command, commit=commit(), versions=_versions(), seed=seed)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, marked when files differ from it; else the release."""
     root = Path(__file__).parent.parent
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_atomically
-from server.provenance import provenance
+from server.provenance import commit, provenance
 
 Cell = dict[str, Any]
 
@@ -47,7 +47,8 @@ class Cells:
         if time.monotonic() >= self._until:
             return None
         started = time.monotonic()
-        figures = {"cell": cell} | work() | {"seconds": round(time.monotonic() - started, 1)}
+        figures: Cell = {"cell": cell, "commit": commit()} | work()
+        figures["seconds"] = round(time.monotonic() - started, 1)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(figures) + "\n")

@@ -236,7 +236,7 @@ def test_commit_keeps_everything_of_a_round(store: Store) -> None:
 
 def test_only_the_beginning_and_the_end_of_a_round_wait_for_the_disk(store: Store) -> None:
     def waits() -> bool:
-        return store._select("PRAGMA synchronous")[0][0] == 2  # FULL
+        return int(store._select("PRAGMA synchronous")[0][0]) == 2  # FULL
 
     run = started(store)
     opened(store, run)

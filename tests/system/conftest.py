@@ -22,7 +22,8 @@ import pytest
 
 from common.processes import Child, free_port, stop_all, wait_for_port
 from server.launch import Network, submit_run
-from tests.system.traffic import Recorder
+from tests.system.proxy import Exchange, Proxy
+from tests.system.site import Site, call, open_site
 
 ROOT = Path(__file__).parent.parent.parent
 FARMS = ("alpha", "beta")
@@ -108,7 +109,7 @@ class Plant:
     folder: Path
     network: Network
     server: Child
-    recorder: Recorder
+    recorder: Proxy
     farms: dict[str, Child] = field(default_factory=dict)
 
     @property
@@ -162,7 +163,7 @@ def start_plant(folder: Path, farms: Sequence[str], stack: ExitStack) -> Plant:
     children.append(server)
     server.start()
     wait_for_port("127.0.0.1", port, 60, server)
-    recorder = stack.enter_context(Recorder("127.0.0.1", port))
+    recorder = stack.enter_context(Proxy("127.0.0.1", port))
     plant = Plant(folder, Network("127.0.0.1", port, folder / "server"), server, recorder)
     for name in farms:
         settings = folder / f"{name}.toml"
@@ -186,3 +187,19 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stand-in app."""
     return write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@dataclass
+class Told:
+    """What the whole story left behind: pretrain, up, two farms, train."""
+
+    site: Site
+    recording: list[Exchange]
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """The whole story once."""
+    with open_site(tmp_path_factory.mktemp("site")) as site:
+        assert "run 1 is done" in call("fieldfed-server", "train", site.server)
+        yield Told(site, site.proxy.take())

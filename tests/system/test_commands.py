@@ -3,11 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,113 +10,25 @@ import psutil
 import pytest
 
 from common.messages import AlignReply, AlignRequest, EvaluateReply
-from common.processes import Child, free_port, stop_all, wait_for_port
+from common.processes import Child
 from server.status import snapshot
-from server.store import Store
-from tests.lab.network import SIDE, TINY, draw_folder
-from tests.system.conftest import wait_until
-from tests.system.traffic import Exchange, Recorder, WireMessage, inspect
+from tests.system.conftest import Told, wait_until
+from tests.system.site import FARMS, Site, call, command
+from tests.system.traffic import WireMessage, inspect
 
 pytestmark = pytest.mark.processes
 
-BIN = Path(sys.executable).parent
-FARMS = ("oak", "vine")
 
-SERVER_TOML = """
-seed = 1
-[server]
-port = {port}
-[backbone]
-name = "vit_tiny_patch16_224"
-image_size = {side}
-options = {options}
-source = {source}
-epochs = 2
-anchor_images = 32
-[plan]
-rounds = 2
-warmup = 0
-prune_events = 1
-prune_heads = 0.4
-max_drop_ratio = 1.0
-[rounds]
-min_farms = 2
-grace_seconds = 0
-deadline_seconds = 120
-[train]
-epochs = 1
-batch_size = 16
-"""
-
-
-def command(*arguments: str) -> list[str]:
-    return [str(BIN / arguments[0]), *arguments[1:]]
-
-
-def call(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=200)
-    assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-@dataclass
-class Site:
-    """A running network in a folder."""
-
-    root: Path
-    up: Child
-    recorder: Recorder
-    farms: list[Child]
-    recording: list[Exchange]
-
-    @property
-    def server(self) -> str:
-        return str(self.root / "server")
+@pytest.fixture
+def site(told: Told) -> Site:
+    """The network that told the story; it is still up."""
+    return told.site
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The whole story once: pretrain, up, two farms, train."""
-    root = tmp_path_factory.mktemp("site")
-    port = free_port()
-    source = draw_folder(root / "photos" / "source", 3, 16, 7)
-    options = "{ " + ", ".join(f"{key} = {value}" for key, value in TINY.items()) + " }"
-    text = SERVER_TOML.format(port=port, side=SIDE, options=options, source=json.dumps(str(source)))
-    (root / "server").mkdir()
-    (root / "server" / "server.toml").write_text(text)
-    call("fieldfed-server", "pretrain", str(root / "server"))
-    with ExitStack() as stack:
-        children: list[Child] = []
-        stack.callback(lambda: stop_all(children, 15))
-        up = _start("up", command("fieldfed-server", "up", str(root / "server")), root, children)
-        wait_for_port("127.0.0.1", port, 60, up)
-        recorder = stack.enter_context(Recorder("127.0.0.1", port))
-        farms = []
-        for number, name in enumerate(FARMS):
-            data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
-            folder = str(root / "farms" / name)
-            flags = ("--data", str(data), "--superlink", recorder.address, "--threads", "1")
-            assert f"farm {name}: {2 + number} classes" in call(
-                "fieldfed-client", "init", folder, *flags
-            )
-            farms.append(_start(name, command("fieldfed-client", "run", folder), root, children))
-        said = call("fieldfed-server", "train", str(root / "server"))
-        assert "run 1 is done" in said
-        yield Site(root, up, recorder, farms, recorder.take())
-
-
-def _start(name: str, arguments: list[str], root: Path, children: list[Child]) -> Child:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = Child(name, lambda: arguments, root / f"{name}.log", env)
-    children.append(child)
-    child.start()
-    return child
-
-
-@pytest.fixture(scope="module")
-def messages(site: Site) -> list[WireMessage]:
+def messages(told: Told) -> list[WireMessage]:
     """All that passed, decoded; raises when a byte belongs to no typed message."""
-    return inspect(site.recording)
+    return inspect(told.recording)
 
 
 def status(site: Site) -> dict[str, Any]:
@@ -142,9 +49,8 @@ def test_the_run_aligned_pruned_and_reported(site: Site) -> None:
 def test_every_byte_on_the_wire_is_a_typed_message_and_the_sizes_add_up(
     site: Site, messages: list[WireMessage]
 ) -> None:
-    store = Store.open(site.root / "server" / "fieldfed.db", read_only=True)
-    traffic = store.traffic(1)
-    store.close()
+    with site.store as store:
+        traffic = store.traffic(1)
     hellos = sum(m.size for m in messages if m.kind in ("hello", "hello_reply"))
     recorded = sum(line.bytes_up + line.bytes_down for line in traffic)
     assert sum(message.size for message in messages) == recorded + hellos
@@ -153,9 +59,10 @@ def test_every_byte_on_the_wire_is_a_typed_message_and_the_sizes_add_up(
 
 
 def test_no_classifier_and_no_image_is_among_the_bytes(
-    site: Site, messages: list[WireMessage]
+    told: Told, messages: list[WireMessage]
 ) -> None:
-    up = b"".join(exchange.request for exchange in site.recording)
+    site = told.site
+    up = b"".join(exchange.request for exchange in told.recording)
     for path in (site.root / "photos").rglob("*.png"):
         assert path.read_bytes()[40:72] not in up, f"{path.name} left its farm"
     weights = [
@@ -163,7 +70,7 @@ def test_no_classifier_and_no_image_is_among_the_bytes(
     ]
     assert weights
     assert not [weight for weight in weights if weight in up], "a classifier left its farm"
-    assert all(b"class0" not in exchange.request for exchange in site.recording)
+    assert all(b"class0" not in exchange.request for exchange in told.recording)
 
 
 def test_a_round_without_a_prune_event_costs_kilobytes(messages: list[WireMessage]) -> None:

@@ -27,7 +27,8 @@ from common.processes import wait_for_port
 from server.launch import Network, run_status, serve
 from tests.system import traffic
 from tests.system.conftest import FARMS, ROOT, Plant, start_plant, wait_until
-from tests.system.traffic import PREFIX, SCHEMA, Exchange, LeakError, WireMessage
+from tests.system.proxy import PREFIX, Exchange
+from tests.system.traffic import SCHEMA, LeakError, WireMessage
 
 pytestmark = pytest.mark.processes
 

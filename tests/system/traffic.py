@@ -1,20 +1,17 @@
-"""Records what farms and server really say to each other, and accounts for every byte of it.
+"""Accounts for every byte that farms and server really exchanged.
 
-A proxy between SuperNodes and the SuperLink keeps the body of every request and response.
-``inspect`` puts Flower's objects together again and passes each message through common.wire.
-It is content-addressed bookkeeping: an object is named by the sha256 of its bytes, and the decoded
-message, taken apart again, must yield exactly the objects that travelled. So a byte that is not
-part of a typed message, wherever it hides, is an error.
+A proxy between SuperNodes and the SuperLink keeps the body of every request and response
+(proxy.py). ``inspect`` puts Flower's objects together again and passes each message through
+common.wire. It is content-addressed bookkeeping: an object is named by the sha256 of its bytes, and
+the decoded message, taken apart again, must yield exactly the objects that travelled. So a byte
+that is not part of a typed message, wherever it hides, is an error.
 """
 
 import hashlib
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from unittest import mock
 
 from flwr.app import Message as FlowerMessage
@@ -32,13 +29,13 @@ from common.errors import FieldfedError
 from common.messages import AlignReply, Reply, Request, Work
 from common.programs import CHUNK_BYTES
 from common.wire import from_record, size_of
+from tests.system.proxy import PREFIX, Exchange
 
 Direction = Literal["down", "up"]
 MAX_ERROR_BYTES = 20_000
 MAX_BUNDLE_BYTES = 2_000
 MAX_REPLY_TEXT_BYTES = 6_000
 
-PREFIX = "/v1/fleet/"
 SCHEMA: dict[str, tuple[type[Message], type[Message]]] = {
     "register-node": (fleet_pb2.RegisterNodeFleetRequest, fleet_pb2.RegisterNodeFleetResponse),
     "activate-node": (fleet_pb2.ActivateNodeRequest, fleet_pb2.ActivateNodeResponse),
@@ -69,16 +66,6 @@ class LeakError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One HTTP request and its answer, as they were on the wire."""
-
-    path: str
-    request: bytes
-    status: int
-    response: bytes
-
-
-@dataclass(frozen=True)
 class WireMessage:
     """A message as it travelled; ``size`` is what the server counts for it."""
 
@@ -86,69 +73,6 @@ class WireMessage:
     kind: str
     size: int
     message: Request | Reply
-
-
-# --- record --------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """A loopback HTTP proxy that keeps what passes."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._lock = threading.Lock()
-        self._exchanges: list[Exchange] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(host, port, self._keep))
-        self._server.daemon_threads = True
-        self.address = f"127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _keep(self, exchange: Exchange) -> None:
-        with self._lock:
-            self._exchanges.append(exchange)
-
-    def take(self) -> list[Exchange]:
-        """What has passed since the last call."""
-        with self._lock:
-            taken, self._exchanges = self._exchanges, []
-        return taken
-
-
-def _handler(host: str, port: int, keep: Any) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            left_out = {"host", "connection", "accept-encoding", "content-length"}
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in left_out}
-            upstream = HTTPConnection(host, port, timeout=60)
-            try:
-                upstream.request("POST", self.path, body, headers)
-                answer = upstream.getresponse()
-                payload = answer.read()
-            except OSError:
-                self.send_error(503)  # the SuperLink is away; Flower tries again
-                return
-            finally:
-                upstream.close()
-            keep(Exchange(self.path, body, answer.status, payload))
-            self.send_response(answer.status)
-            self.send_header("content-type", answer.getheader("content-type", ""))
-            self.send_header("content-length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    return Handler
 
 
 # --- inspect -------------------------------------------------------------------------------------
@@ -185,7 +109,7 @@ def inspect(
 
 
 def _parse(exchange: Exchange, max_bundle_bytes: int) -> tuple[str, Any, Any]:
-    name = exchange.path.removeprefix(PREFIX)
+    name = exchange.name
     if name not in SCHEMA or not exchange.path.startswith(PREFIX):
         raise LeakError(f"'{exchange.path}' is not a path that farms use")
     request_type, response_type = SCHEMA[name]

@@ -1,0 +1,129 @@
+"""A real network in a folder, opened by our commands alone: a server and two farms on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.processes import Child, free_port, stop_all, wait_for_port
+from server.store import Store
+from tests.lab.network import SIDE, TINY, draw_folder
+from tests.system.proxy import Choose, Proxy, unharmed
+
+BIN = Path(sys.executable).parent
+FARMS = ("oak", "vine")
+
+_SETTINGS: dict[str, dict[str, object]] = {
+    "backbone": {
+        "name": "vit_tiny_patch16_224",
+        "image_size": SIDE,
+        "epochs": 2,
+        "anchor_images": 32,
+    },
+    "plan": {
+        "rounds": 2,
+        "warmup": 0,
+        "prune_events": 1,
+        "prune_heads": 0.4,
+        "max_drop_ratio": 1.0,
+    },
+    "rounds": {"min_farms": 2, "grace_seconds": 0, "deadline_seconds": 120},
+    "train": {"epochs": 1, "batch_size": 16},
+}
+
+
+@dataclass
+class Site:
+    """A running network."""
+
+    root: Path
+    up: Child
+    farms: list[Child]
+    proxy: Proxy
+
+    @property
+    def server(self) -> str:
+        """The server's folder."""
+        return str(self.root / "server")
+
+    @property
+    def store(self) -> Store:
+        """The server's store, to be closed after use."""
+        return Store.open(self.root / "server" / "fieldfed.db", read_only=True)
+
+
+def command(*arguments: str) -> list[str]:
+    """One of our commands, from where this Python has its own."""
+    return [str(BIN / arguments[0]), *arguments[1:]]
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    """Run one of our commands to its end; returns all that it printed."""
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def start(name: str, arguments: list[str], root: Path) -> Child:
+    """Start one of our commands, with its log in ``root``."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = Child(name, lambda: arguments, root / f"{name}.log", env)
+    child.start()
+    return child
+
+
+@contextmanager
+def open_site(
+    root: Path,
+    choose: Choose = unharmed,
+    settings: Mapping[str, Mapping[str, object]] | None = None,
+) -> Iterator[Site]:
+    """Pre-train, start the server and its farms; everything ends with the context.
+
+    Args:
+        root: an empty folder.
+        choose: the fate of what passes between the farms and the server.
+        settings: of the server, over those of above.
+    """
+    port, server = free_port(), root / "server"
+    source = draw_folder(root / "photos" / "source", 3, 16, 7)
+    server.mkdir(parents=True)
+    (server / "server.toml").write_text(_toml(port, source, settings or {}))
+    call("fieldfed-server", "pretrain", str(server))
+    with ExitStack() as stack:
+        children: list[Child] = []
+        stack.callback(lambda: stop_all(children, 15))
+        up = start("up", command("fieldfed-server", "up", str(server)), root)
+        children.append(up)
+        wait_for_port("127.0.0.1", port, 60, up)
+        proxy = stack.enter_context(Proxy("127.0.0.1", port, choose))
+        for number, name in enumerate(FARMS):
+            data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
+            folder = str(root / "farms" / name)
+            flags = ("--data", str(data), "--superlink", proxy.address, "--threads", "1")
+            said = call("fieldfed-client", "init", folder, *flags)
+            assert f"farm {name}: {2 + number} classes" in said
+            children.append(start(name, command("fieldfed-client", "run", folder), root))
+        yield Site(root, up, children[1:], proxy)
+
+
+def _toml(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
+    own: dict[str, dict[str, object]] = {
+        "server": {"port": port},
+        "backbone": {"source": str(source)},
+        "backbone.options": dict(TINY),
+    }
+    sections: dict[str, dict[str, object]] = {}
+    for group in (_SETTINGS, own, changes):
+        for name, values in group.items():
+            sections[name] = sections.get(name, {}) | dict(values)
+    lines = ["seed = 1"]
+    for name, section in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+    return "\n".join(lines) + "\n"
