@@ -13,6 +13,7 @@ from common.config import ServerConfig
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
+from common.spec import ModelSpec
 from common.surgery import slice_tensors
 from server.close import Base, Work
 from server.collect import Accept, Verdict
@@ -44,6 +45,7 @@ class Intake:
     ) -> None:
         self.farms: dict[int, str] = {}
         self._nodes: dict[str, int] = {}
+        self._shapes: dict[str, tuple[ModelSpec, int]] = {}
         self._run, self._config, self._models = run, config, models
         self._spool, self._store, self._requests = spool, store, requests
 
@@ -208,7 +210,8 @@ class Intake:
         return Verdict.REJECTED
 
     def _expected(self, base: str, scored: bool) -> Expected:
-        model, spec = self._models.view(base)
-        names = backbone.trainable_names(model, self._config.train.trainable)
-        count = codec.layout_of(model, names).count
-        return Expected(spec, count, scored, self._config.rounds.max_reply_bytes)
+        if base not in self._shapes:  # late replies ask for the same few bases again and again
+            model, spec = self._models.view(base)
+            names = backbone.trainable_names(model, self._config.train.trainable)
+            self._shapes[base] = spec, codec.layout_of(model, names).count
+        return Expected(*self._shapes[base], scored, self._config.rounds.max_reply_bytes)

@@ -11,6 +11,7 @@ is the product's own, on a simulated clock.
     sync_accuracy, ours_accuracy    of the last candidate within HORIZON
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -41,9 +42,9 @@ WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
 FARMS, SEEDS, LOSS = 200, 5, 0.3
 FASTEST, SPREAD = 60.0, 5.0
 IMAGES = (20, 60)
-HORIZON, TARGET = 7200.0, 0.80
+HORIZON, TARGET = 7200.0, 0.75
 DEADLINES = (90, 150, 210, 300, 420)
-LEARNING_RATE, BATCH = 0.02, 8
+LEARNING_RATE, BATCH = 0.2, 8
 # a backbone that is only there to carry the classifier in its parameters
 CARRIER = BackboneConfig(
     name="vit_tiny_patch16_224",
@@ -265,12 +266,12 @@ def play(photographs: Photographs, seed: int, rules: RoundConfig) -> Cell:
         pass
     finally:
         Models.save, Store.commit_round = save, commit  # type: ignore[method-assign]
-    times = [0.0] + [seconds for seconds, _ in course.points]
+    times = [seconds for seconds, _ in course.points]
     reached = [seconds for seconds, accuracy in course.points if accuracy >= TARGET]
     return {
         "seed": seed,
         "rounds": len(course.points),
-        "time_to_target": reached[0] if reached else None,
+        "time_to_target": float(reached[0]) if reached else None,
         "accuracy": course.points[-1][1],
         "longest_round": float(np.diff(times).max()),
     }
@@ -288,10 +289,10 @@ def synchronous(deadline: float) -> RoundConfig:
 
 
 def ours() -> RoundConfig:
-    """A candidate after every 20 answers; late ones count, weighed by their age."""
+    """A candidate after every 40 answers; late ones count, weighed by their age."""
     return RoundConfig(
         mode="async",
-        buffer=20,
+        buffer=40,
         staleness=100,
         deadline_seconds=900,
         attempt_seconds=450,
@@ -314,6 +315,7 @@ def summary(cells: list[Cell], rule: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing, print, write."""
+    logging.disable(logging.WARNING)  # a third of all messages is lost: that is the point
     cells = Cells("stragglers")
     photographs = Photographs()
     rules = {f"deadline {d} s": synchronous(d) for d in DEADLINES} | {"async": ours()}
