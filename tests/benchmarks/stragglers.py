@@ -43,7 +43,7 @@ FARMS, SEEDS, LOSS = 200, 5, 0.3
 FASTEST, SPREAD = 60.0, 5.0
 IMAGES = (20, 60)
 HORIZON, TARGET = 7200.0, 0.75
-DEADLINES = (90, 150, 210, 300, 420)
+DEADLINES = (150, 240, 330, 420, 600)
 LEARNING_RATE, BATCH = 0.2, 8
 # a backbone that is only there to carry the classifier in its parameters
 CARRIER = BackboneConfig(
