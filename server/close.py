@@ -25,7 +25,7 @@ from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
 from server.models import Models
-from server.spool import Spool
+from server.spool import ReplyReader, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
 
 log = logging.getLogger(__name__)
@@ -86,10 +86,11 @@ class RoundCloser:
         """
         number, base = work.number, work.base
         replies = self._store.replies(run, number)
+        readers = [self._spool.open(Path(row.path)) for row in replies]
         model, spec = self._models.load(base.digest)
-        step = self._step(replies, model, base.digest)
+        step = self._step(replies, readers, model, base.digest)
         digest = self._models.save(model, spec, step)
-        farms = self._score(run, replies, spec) if work.scored else {}
+        farms = self._score(run, replies, readers, spec) if work.scored else {}
         agreed = self._agree(replies, farms)
         mask = base.mask
         if budget is not None and agreed is not None:
@@ -151,25 +152,23 @@ class RoundCloser:
         )
 
     def _step(
-        self, replies: Sequence[ReplyRow], model: VisionTransformer, base: str
+        self,
+        replies: Sequence[ReplyRow],
+        readers: Sequence[ReplyReader],
+        model: VisionTransformer,
+        base: str,
     ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """The aggregated, coded step, applied to ``model`` as every farm will apply it."""
         train, rules = self._config.train, self._config.rounds
         layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
-        readers = [self._spool.open(Path(row.path)) for row in replies]
-        weights = [row.examples * self._freshness(row) for row in replies]
-        try:
-            merged = aggregate(
-                readers,
-                weights,
-                count=layout.count,
-                clip=rules.clip,
-                rule=rules.aggregation,
-                liars=rules.liars,
-            )
-        finally:
-            for reader in readers:
-                reader.close()
+        merged = aggregate(
+            readers,
+            [row.examples * self._freshness(row) for row in replies],
+            count=layout.count,
+            clip=rules.clip,
+            rule=rules.aggregation,
+            liars=rules.liars,
+        )
         step = codec.encode(merged, base, bits=train.update_bits)
         codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
         return step
@@ -181,14 +180,18 @@ class RoundCloser:
     # --- consensus -------------------------------------------------------------------------
 
     def _score(
-        self, run: int, replies: Sequence[ReplyRow], spec: ModelSpec
+        self,
+        run: int,
+        replies: Sequence[ReplyRow],
+        readers: Sequence[ReplyReader],
+        spec: ModelSpec,
     ) -> dict[int, UnitScores]:
         """Each farm's scores by node; the scale tau is frozen at the run's first score round."""
-        parts = {}
-        for row in replies:
-            if row.of_round == row.round:
-                with self._spool.open(Path(row.path)) as reader:
-                    parts[row.node] = reader.scores()
+        parts = {
+            row.node: reader.scores()
+            for row, reader in zip(replies, readers, strict=True)
+            if row.of_round == row.round
+        }
         tau = self._store.tau(run)
         if tau is None:
             tau = median_tau([part.head_mmd2 for part in parts.values()])

@@ -9,12 +9,12 @@ read slice by slice straight from its place in the file; nothing ever loads it w
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -68,11 +68,15 @@ class Origin(NamedTuple):
 
 
 class ReplyReader:
-    """An open reply; ``read`` yields bytes of the coded update, ``scores`` the small arrays."""
+    """An undamaged reply; ``read`` yields bytes of the coded update, ``scores`` the small arrays.
 
-    def __init__(self, path: Path, origin: Origin, descriptor: int, places: _Places) -> None:
+    The file is open only while it is read: a round may have more replies than a process may have
+    open files.
+    """
+
+    def __init__(self, path: Path, origin: Origin, places: _Places) -> None:
         self.path, self.node, self.farm = path, *origin
-        self._descriptor, self._places = descriptor, places
+        self._places = places
 
     @property
     def update_bytes(self) -> int:
@@ -91,18 +95,6 @@ class ReplyReader:
         arrays = {name: self._array(name) for name in _SCORES}
         return ReplyScores(**arrays)
 
-    def close(self) -> None:
-        """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _array(self, name: str) -> Array:
         place = self._places[name]
         dtype = np.dtype("<f4") if place.dtype == "F32" else np.dtype(np.uint8)
@@ -112,10 +104,9 @@ class ReplyReader:
     def _bytes(self, name: str, offset: int, length: int) -> bytes:
         place = self._places[name]
         length = max(0, min(length, place.length - offset))
-        try:
-            return os.pread(self._descriptor, length, place.offset + offset)
-        except OSError as error:
-            raise StateError(f"'{self.path}' cannot be read: {error.strerror}") from error
+        with _opened(self.path) as file:
+            file.seek(place.offset + offset)
+            return file.read(length)
 
 
 class Spool:
@@ -146,21 +137,13 @@ class Spool:
         return SpooledReply(path, digest)
 
     def open(self, path: Path) -> ReplyReader:
-        """Open a reply whose contents agree with its name; close it after use.
+        """A reply whose contents agree with its name.
 
         Raises:
             StateError: the file is missing or damaged; names it.
         """
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise StateError(f"spooled reply '{path}' cannot be read: {error.strerror}") from error
-        try:
-            origin, places = _checked(path, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return ReplyReader(path, origin, descriptor, places)
+        with _opened(path) as file:
+            return ReplyReader(path, *_checked(path, file))
 
     def discard_round(self, run: int, number: int) -> None:
         """Remove the replies of a round; call it once the round is committed."""
@@ -190,27 +173,36 @@ class Spool:
         return self._folder / str(run) / str(number)
 
 
-def _checked(path: Path, descriptor: int) -> tuple[Origin, _Places]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise StateError(f"spooled reply '{path}' cannot be read: {error.strerror}") from error
+
+
+def _checked(path: Path, file: BufferedReader) -> tuple[Origin, _Places]:
     """Origin and places of the tensors of an undamaged file."""
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     if f"{digest}{_SUFFIX}" != path.name:
         raise StateError(
             f"spooled reply '{path}' is damaged: its contents do not match its name; "
             "check the disk; the farm has to send this reply again"
         )
     try:
-        return _places(descriptor)
+        return _places(file)
     except (KeyError, ValueError, TypeError) as error:
         raise StateError(f"'{path}' is not a spooled reply: {error}") from error
 
 
-def _places(descriptor: int) -> tuple[Origin, _Places]:
+def _places(file: BufferedReader) -> tuple[Origin, _Places]:
     """Parse the safetensors header: 8 bytes of length, then JSON; offsets count from its end."""
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    header: dict[str, Any] = json.loads(os.pread(descriptor, length, 8))
+    header: dict[str, Any] = json.loads(file.read(length))
     about = json.loads(header.pop("__metadata__")["reply"])
     origin = Origin(int(about["node"]), str(about["farm"]))
     places = {}

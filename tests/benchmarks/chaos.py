@@ -67,14 +67,18 @@ def progress(site: Site) -> tuple[str, int]:
         return run.state, 0 if last is None else last[0]
 
 
+def found(site: Site, target: str) -> list[psutil.Process]:
+    """The processes of that kind below ``up``."""
+    everyone = psutil.Process(site.up.pid).children(True)
+    return [p for p in everyone if any(TARGETS[target] in word for word in _words(p))]
+
+
 def kill(site: Site, target: str) -> bool:
     """SIGKILL to one kind of process; whether there was one."""
     if target == "everything":
         victims = [psutil.Process(site.up.pid), *psutil.Process(site.up.pid).children(True)]
     else:
-        everyone = psutil.Process(site.up.pid).children(True)
-        named = [p for p in everyone if any(TARGETS[target] in word for word in _words(p))]
-        victims = named[:1]
+        victims = found(site, target)[:1]
     for victim in victims:
         victim.send_signal(signal.SIGKILL)
     if target == "everything":
@@ -94,17 +98,17 @@ def play(site: Site, targets: list[str], draw: random.Random) -> Cell:
     train = start("train", command("fieldfed-server", "train", site.server), site.root)
     hits: list[dict[str, Any]] = []
     most, until = 0, time.monotonic() + RUN_SECONDS
-    while targets or progress(site)[0] != "done":
+    while progress(site)[0] != "done":
         if time.monotonic() > until:
             raise SystemExit(f"the run stands still: {progress(site)}; see {site.root}")
-        wait = draw.uniform(2, 25) if targets else 1.0
         before = opened(Path(site.server))
-        time.sleep(wait)
-        if progress(site)[0] == "done":
-            break
-        if targets and progress(site)[0] == "running" and kill(site, targets[0]):
-            hits.append({"target": targets.pop(0), "committed": progress(site)[1]})
-            time.sleep(20)
+        time.sleep(1.0)
+        if targets and found(site, "server process") and progress(site)[0] == "running":
+            time.sleep(draw.uniform(0, 30))
+            committed = progress(site)[1]
+            if kill(site, targets[0]):
+                hits.append({"target": targets.pop(0), "committed": committed})
+                time.sleep(5)
         most = max(most, redone(Path(site.server), before))
     stop_all([train])
     # the run is done: whatever was killed, it has been taken up again

@@ -45,8 +45,9 @@ class SimClock:
 class SimFarm:
     """One simulated farm.
 
-    ``seconds`` is what one alignment takes; ``loss`` the chance that a request or its answer is
-    lost; in ``outages`` (from, to) it cannot be reached and what it was doing is lost.
+    ``seconds`` is what one alignment takes, and ``begun`` the (run, round) of the last one, which is
+    answered from disk when it is asked for again; ``loss`` is the chance that a request or its
+    answer is lost; in ``outages`` (from, to) it cannot be reached and what it was doing is lost.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SimFarm:
     loss: float = 0.0
     outages: Sequence[tuple[float, float]] = ()
     busy_until: float = 0.0
+    begun: tuple[int, int] | None = None
     done: dict[tuple[int, int], Reply] = field(default_factory=dict)
 
     def away(self, start: float, end: float) -> bool:
@@ -105,10 +107,13 @@ class SimLink:
         start = max(now, farm.busy_until)
         arrives = start + self._takes(farm, request)
         lost = self._random.random() < farm.loss
-        if lost or farm.away(start, arrives):
+        expired = start >= now + ttl_seconds  # before the farm came to it
+        if lost or expired or farm.away(start, arrives):
             lost, arrives = True, now + NOTICE_SECONDS
         else:
             farm.busy_until = arrives
+            if isinstance(request, AlignRequest):
+                farm.begun = request.run, request.round
         self._flights[message_id] = _Flight(node, request, now, arrives, lost)
         heapq.heappush(self._arrivals, (arrives, message_id))
         self._clock.remind(arrives)
@@ -127,7 +132,7 @@ class SimLink:
     def _takes(self, farm: SimFarm, request: Request) -> float:
         if not isinstance(request, AlignRequest):
             return 1.0
-        return 1.0 if (request.run, request.round) in farm.done else farm.seconds
+        return 1.0 if (request.run, request.round) == farm.begun else farm.seconds
 
     def _deliver(self, message_id: str, flight: _Flight) -> Delivery:
         if flight.lost:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from common import codec
@@ -54,22 +55,22 @@ def files_below(folder: Path) -> list[Path]:
 
 def test_an_update_comes_back_slice_by_slice(spool: Spool) -> None:
     sent = reply()
-    with spool.open(spool.put(3, 2, 17, sent).path) as reader:
-        assert reader.node == 17
-        assert reader.update_bytes == sent.update.size
-        assert reader.read(0, sent.update.size) == sent.update.tobytes()
-        assert reader.read(100, 50) == sent.update[100:150].tobytes()
-        assert reader.read(sent.update.size - 5, 50) == sent.update[-5:].tobytes()
-        assert reader.read(sent.update.size + 5, 50) == b""
-        part = codec.decode_slice(reader.read, codec.read_header(reader.read(0, 52)), 300, 900)
+    reader = spool.open(spool.put(3, 2, 17, sent).path)
+    assert reader.node == 17
+    assert reader.update_bytes == sent.update.size
+    assert reader.read(0, sent.update.size) == sent.update.tobytes()
+    assert reader.read(100, 50) == sent.update[100:150].tobytes()
+    assert reader.read(sent.update.size - 5, 50) == sent.update[-5:].tobytes()
+    assert reader.read(sent.update.size + 5, 50) == b""
+    part = codec.decode_slice(reader.read, codec.read_header(reader.read(0, 52)), 300, 900)
     np.testing.assert_array_equal(part, codec.decode(sent.update, base=BASE, count=5000)[300:900])
 
 
 def test_scores_come_back_exactly(spool: Spool) -> None:
     sent = reply(scored=True)
-    with spool.open(spool.put(3, 2, 17, sent).path) as reader:
-        scores = reader.scores()
-        assert reader.read(0, sent.update.size) == sent.update.tobytes()
+    reader = spool.open(spool.put(3, 2, 17, sent).path)
+    scores = reader.scores()
+    assert reader.read(0, sent.update.size) == sent.update.tobytes()
     for name in ("head_importance", "head_mmd2", "neuron_importance"):
         found, expected = getattr(scores, name), getattr(sent, name)
         assert found.dtype == expected.dtype
@@ -77,11 +78,16 @@ def test_scores_come_back_exactly(spool: Spool) -> None:
 
 
 def test_a_reply_without_scores_says_so(spool: Spool) -> None:
-    with (
-        spool.open(spool.put(3, 2, 17, reply()).path) as reader,
-        pytest.raises(StateError, match="not of a score round"),
-    ):
+    reader = spool.open(spool.put(3, 2, 17, reply()).path)
+    with pytest.raises(StateError, match="not of a score round"):
         reader.scores()
+
+
+def test_a_round_may_have_more_replies_than_files_may_be_open(spool: Spool) -> None:
+    before = psutil.Process().num_fds()
+    readers = [spool.open(spool.put(3, 2, node, reply()).path) for node in range(20)]
+    assert psutil.Process().num_fds() == before
+    assert [reader.node for reader in readers] == list(range(20))
 
 
 def test_the_same_reply_is_the_same_file(spool: Spool, tmp_path: Path) -> None:
@@ -140,6 +146,5 @@ def test_a_sweep_leaves_only_what_is_known(spool: Spool, tmp_path: Path) -> None
     assert spool.sweep([kept.path]) == 3
     assert files_below(tmp_path) == [kept.path]
     assert not (tmp_path / "spool" / "2").exists()
-    with spool.open(kept.path):
-        pass
+    assert spool.open(kept.path).node == 17
     assert Spool(tmp_path / "none").sweep([]) == 0
