@@ -45,7 +45,7 @@ class SimClock:
 class SimFarm:
     """One simulated farm.
 
-    ``seconds`` is what one alignment takes, and ``begun`` the (run, round) of the last one, which is
+    ``seconds`` is what one alignment takes; ``begun`` is the (run, round) of the last one, which is
     answered from disk when it is asked for again; ``loss`` is the chance that a request or its
     answer is lost; in ``outages`` (from, to) it cannot be reached and what it was doing is lost.
     """
