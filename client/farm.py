@@ -26,6 +26,7 @@ from common.config import FarmConfig
 from common.errors import (
     ConfigError,
     DataError,
+    DiskError,
     FieldfedError,
     ModelError,
     ProtocolError,
@@ -109,6 +110,10 @@ class Farm:
             return Refusal(reason="bad_request", detail=str(error)[:500])
         except QualityError as error:
             return Refusal(reason="internal", detail=str(error)[:500])
+        except StateError as error:  # its text names folders: it stays in the farm's own log
+            log.error("%s", error)
+            detail = f"{self.name}: its disk is full or its state folder cannot be used"
+            return Refusal(reason="internal", detail=detail)
 
     def _work(self, request: AlignRequest | EvaluateRequest) -> Reply:
         work = request.kind if isinstance(request, AlignRequest) else request.label
@@ -121,7 +126,10 @@ class Farm:
             reply = self._align(request)
         else:
             reply = self._evaluate(request)
-        self._state.save_reply(request, work, reply)
+        try:
+            self._state.save_reply(request, work, reply)
+        except DiskError as error:  # the work is done: better sent without a copy than not at all
+            log.error("%s", error)
         return reply
 
     def report(self) -> dict[str, str | int | float]:

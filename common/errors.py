@@ -6,6 +6,7 @@ FieldfedError            exit 1
 ├── ModelError           exit 4   an unknown backbone, or weights that do not match it
 ├── ProtocolError        exit 5   a message or a coded update is not what it should be
 ├── StateError           exit 6   what is on disk is missing, damaged or of another version
+│   └── DiskError                 the disk is full or cannot be written
 ├── LaunchError          exit 7   a process did not start or died (port in use, ...)
 └── QualityError         exit 8   the result is below what was asked for
 
@@ -70,6 +71,13 @@ class StateError(FieldfedError):
     """What is on disk is missing, damaged or of another version."""
 
     exit_code = 6
+
+
+class DiskError(StateError):
+    """The disk is full or cannot be written: a matter of the machine, not of what was to be kept.
+
+    A run that meets it has not failed: it goes on where it was once there is room.
+    """
 
 
 class LaunchError(FieldfedError):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.errors import StateError
+from common.errors import DiskError, StateError
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
@@ -18,11 +18,11 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
     the new one, but a power cut may leave a damaged one, which the reader has to notice.
 
     Raises:
-        StateError: the disk is full or the folder cannot be written; ``path`` is left as it was.
+        DiskError: the disk is full or the folder cannot be written; ``path`` is left as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -36,7 +36,10 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
-        raise StateError(f"cannot write '{path}': {error.strerror or error}") from error
+        raise DiskError(
+            f"cannot write '{path}': {error.strerror or error}; make room, or let this user write "
+            "there"
+        ) from error
 
 
 @contextlib.contextmanager

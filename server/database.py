@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from common.errors import StateError
+from common.errors import DiskError, StateError
 from server.migrations import migrate, require_known
 
 Row = TypeVar("Row")
 
 BUSY_SECONDS = 30.0
+_DISK_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
 
 
 class Database:
@@ -107,7 +108,8 @@ def _explained(path: Path) -> Iterator[None]:
             raise
         raise StateError(f"'{path}': {error}") from error
     except (sqlite3.Error, OSError) as error:
-        raise StateError(
+        kind = DiskError if getattr(error, "sqlite_errorcode", 0) in _DISK_CODES else StateError
+        raise kind(
             f"'{path}': {error}; check that the disk has room, that this user may write there and "
             "that no other server uses it; if it is damaged, restore it from a backup"
         ) from error

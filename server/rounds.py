@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from common import backbone
 from common.config import RoundConfig, ServerConfig
-from common.errors import FieldfedError, StateError
+from common.errors import DiskError, FieldfedError, StateError
 from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
@@ -136,11 +136,15 @@ class RoundLoop:
         """Everything from the first hello to the last report.
 
         Raises:
+            DiskError: the disk is full; the run goes on from here when it is started again.
             FieldfedError: no farm answered; the run is marked failed and says so.
         """
         try:
             with bound(run=self.run):
                 self._play()
+        except DiskError as error:
+            log.error("%s; the run goes on when there is room", error)
+            raise
         except FieldfedError as error:
             self._store.finish_run(self.run, "failed", str(error))
             raise
