@@ -1,13 +1,15 @@
 """A real network whose farms' links drop, delay, cut and repeat what the SuperLink answers."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import psutil
 import pytest
 
-from tests.system.conftest import Told
+from tests.system.conftest import Told, wait_until
 from tests.system.proxy import Exchange, Fate
-from tests.system.site import FARMS, Site, call, open_site
+from tests.system.site import FARMS, Site, call, command, open_site, start
 
 pytestmark = pytest.mark.processes
 
@@ -77,3 +79,49 @@ def test_every_farm_counts_once_in_every_round(spoiled: tuple[Site, list[str]]) 
         requests = sum(row.requests for row in store.traffic(1))
     # two rounds, and two reports of each farm
     assert requests > 4 * len(FARMS), "nothing was asked again: the trouble was none"
+
+
+def test_a_farm_killed_in_the_middle_of_its_work_is_asked_again(
+    spoiled: tuple[Site, list[str]],
+) -> None:
+    site = spoiled[0]
+    train = start(
+        "again",
+        command("fieldfed-server", "train", site.server, "--rounds", "2", "--label", "again"),
+        site.root,
+    )
+    wait_until(lambda: killed(site), 120, "work on a round of the second run")
+    wait_until(lambda: train.returncode is not None, 200, "the end of the run")
+    assert train.returncode == 0, train.last_words()
+    with site.store as store:
+        assert [len(store.replies(2, number)) for number in (1, 2)] == [len(FARMS)] * 2
+        assert sum(row.requests for row in store.traffic(2)) > 4 * len(FARMS)
+
+
+def killed(site: Site) -> bool:
+    """Kill a farm's work once it is at work on a round of the second run."""
+    with site.store as store:
+        if store.latest_run() is None or not store.rounds(2):
+            return False
+    everyone = {process.pid: process for farm in site.farms for process in farm.observe()}
+    executors = {pid for pid, process in everyone.items() if "client.executor" in words(process)}
+    at_work = [process for process in everyone.values() if parent(process) in executors]
+    # one that has just begun, so that its answer cannot be on its way yet
+    begun = [process for process in at_work if time.time() - process.create_time() < 1.0]
+    for process in begun[:1]:
+        process.kill()
+    return bool(begun)
+
+
+def parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
+
+
+def words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
