@@ -8,9 +8,9 @@ started again only when it was killed itself. A link cell is one real run whose 
 delay, cut and repeat answers at random.
 """
 
+import contextlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -79,11 +79,14 @@ def kill(site: Site, target: str) -> bool:
         victims = [psutil.Process(site.up.pid), *psutil.Process(site.up.pid).children(True)]
     else:
         victims = found(site, target)[:1]
+    hit = 0
     for victim in victims:
-        victim.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now, by itself
+            victim.kill()
+            hit += 1
     if target == "everything":
         site.up.start()  # as the machine's own service manager would
-    return bool(victims)
+    return hit > 0
 
 
 def _words(process: psutil.Process) -> list[str]:
