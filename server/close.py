@@ -89,7 +89,6 @@ class RoundCloser:
         readers = [self._spool.open(Path(row.path)) for row in replies]
         model, spec = self._models.load(base.digest)
         step = self._step(replies, readers, model, base.digest)
-        digest = self._models.save(model, spec, step)
         farms = self._score(run, replies, readers, spec) if work.scored else {}
         agreed = self._agree(replies, farms)
         mask = base.mask
@@ -97,6 +96,8 @@ class RoundCloser:
             mask = self._choose(run, agreed, base.mask, budget)
         if mask != base.mask:
             model, spec, digest = self._cut(model, spec, base.mask, mask)
+        else:
+            digest = self._models.save(model, spec, step)
         candidate = self._candidate(model, spec, digest, base.digest, mask)
         scores = self._rows(agreed, farms, replies, base.mask)
         self._commit(run, number, candidate, mask, replies, scores, verdict)

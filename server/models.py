@@ -3,9 +3,16 @@
 models/DIGEST.safetensors    a candidate, whole
 models/DIGEST.delta          the coded step that leads to it from its parent (its base)
 anchors/MASK.safetensors     the anchors that belong to a mask
+
+Where there is a step it is what counts: it is kilobytes, and on disk before the round commits. The
+whole candidate is written beside the next round; should a crash come first, or a power cut damage
+it, it is made again from its parent and the step.
 """
 
 import copy
+import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +20,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from common import backbone, codec
 from common.anchors import Anchors
-from common.errors import StateError
+from common.errors import DiskError, FieldfedError, StateError
 from common.files import write_atomically
 from common.messages import Array
 from common.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 BODIES_KEPT = 2
 """A candidate whole, and the step to it."""
@@ -30,6 +39,7 @@ class Models:
         self._anchors = state_dir / "anchors"
         self._bodies: dict[Path, Array] = {}
         self._newest: tuple[str, VisionTransformer, ModelSpec] | None = None
+        self._writer: threading.Thread | None = None
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
@@ -41,11 +51,32 @@ class Models:
         ``model`` stays in memory: it must not be changed after that.
         """
         digest = backbone.digest(model, spec)
-        if step is not None:
-            write_atomically(self._models / f"{digest}.delta", step.tobytes())
-        backbone.save_backbone(self.path(digest), model, spec)
+        self.settle()
+        if step is None:
+            backbone.save_backbone(self.path(digest), model, spec)
+        else:
+            write_atomically(self._step_path(digest), step.tobytes())
+            self._writer = threading.Thread(target=self._write, args=(digest, model, spec))
+            self._writer.start()
         self._newest = digest, model, spec
         return digest
+
+    def settle(self) -> None:
+        """Wait until everything is on disk."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def sweep(self) -> None:
+        """Remove files half written, of a process that was killed; call it before anything else."""
+        for path in self._models.glob(".*"):
+            path.unlink(missing_ok=True)
+
+    def _write(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
+        try:
+            write_atomically(self.path(digest), backbone.pack(model, spec), durable=False)
+        except DiskError as error:
+            log.error("%s; the candidate can be made again from its step", error)
 
     def load(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
         """A candidate, the caller's to change; raises StateError when it is absent or damaged."""
@@ -55,27 +86,47 @@ class Models:
     def view(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
         """A candidate to look at only: the newest stays in memory. Raises as ``load`` does."""
         if self._newest is None or self._newest[0] != digest:
-            model, spec = backbone.load_backbone(self.path(digest))
-            if backbone.digest(model, spec) != digest:
-                raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
-            self._newest = digest, model, spec
+            self.settle()
+            self._newest = digest, *self._read(digest)
         return self._newest[1:]
+
+    def _read(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
+        """From disk: whole, or else from the parent and the step."""
+        try:
+            model, spec = backbone.load_backbone(self.path(digest))
+            if backbone.digest(model, spec) == digest:
+                return model, spec
+        except FieldfedError as error:
+            log.warning("%s", error)
+        if not self._step_path(digest).is_file():
+            raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
+        step = np.frombuffer(self._step_path(digest).read_bytes(), np.uint8)
+        model, spec = self._read(self.step_parent(step))
+        _advance(model, step)
+        if backbone.digest(model, spec) != digest:
+            raise StateError(f"'{self._step_path(digest)}' is damaged; restore it from a backup")
+        log.warning("candidate %s is made again from its step", digest[:12])
+        self._write(digest, model, spec)
+        return model, spec
 
     def body(self, digest: str) -> Array:
         """The candidate as bytes."""
-        return self._shared(self.path(digest))
+        return self._shared(self.path(digest), lambda: backbone.pack(*self.view(digest)))
 
     def step(self, digest: str) -> Array | None:
         """The coded step that leads to this candidate, or None after a prune event."""
-        path = self._models / f"{digest}.delta"
-        return self._shared(path) if path.is_file() else None
+        path = self._step_path(digest)
+        return self._shared(path, path.read_bytes) if path.is_file() else None
 
-    def _shared(self, path: Path) -> Array:
-        """A file as bytes; all requests of a round share one read-only array."""
+    def _step_path(self, digest: str) -> Path:
+        return self._models / f"{digest}.delta"
+
+    def _shared(self, path: Path, read: Callable[[], bytes]) -> Array:
+        """What a file holds; all requests of a round share one read-only array."""
         if path not in self._bodies:
             if len(self._bodies) >= BODIES_KEPT:
                 self._bodies.clear()
-            self._bodies[path] = np.frombuffer(path.read_bytes(), np.uint8)
+            self._bodies[path] = np.frombuffer(read(), np.uint8)
         return self._bodies[path]
 
     def step_parent(self, step: Array) -> str:
@@ -95,3 +146,14 @@ class Models:
         """The anchors of a mask as bytes, or None when the server has no source images."""
         path = self._anchors / f"{mask}.safetensors"
         return np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else None
+
+
+def _advance(model: VisionTransformer, step: Array) -> None:
+    """Add a coded step to a model; its length tells which parameters it is of."""
+    header = codec.read_header(step)
+    for kind in backbone.TRAINABLE_SETS:
+        layout = codec.layout_of(model, backbone.trainable_names(model, kind))
+        if layout.count == header.count:
+            codec.apply(model, layout, codec.decode(step, base=header.base, count=layout.count))
+            return
+    raise StateError(f"a step of {header.count} numbers fits no set of parameters of its parent")

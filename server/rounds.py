@@ -80,6 +80,7 @@ def run_rounds(
     # a server process that outlived its SuperLink must not write beside the one that replaces it
     with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
         models = Models(state_dir)
+        models.sweep()
         run = start_or_resume(settings, store, models, state_dir)
         RoundLoop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
     return run
@@ -142,6 +143,7 @@ class RoundLoop:
         try:
             with bound(run=self.run):
                 self._play()
+                self._models.settle()
         except DiskError as error:
             log.error("%s; the run goes on when there is room", error)
             raise

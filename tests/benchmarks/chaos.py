@@ -1,6 +1,6 @@
 """Hundreds of random ``kill -9``: in the lab, and on the processes of a real network.
 
-``make chaos`` (about 70 minutes on 2 cores; MINUTES=N stops earlier, the next call goes on).
+``make chaos`` (about 55 minutes on 2 cores; MINUTES=N stops earlier, the next call goes on).
 A lab cell is 20 kills of one process that is server and farms at once. A real cell is one run on
 real SuperLink, SuperExec, server process and two SuperNodes, in which one of the server's programs,
 or all of them, are killed at random moments; nobody helps but ``fieldfed-server up``, which is

@@ -1,6 +1,6 @@
 """Two of ten farms lie: what is left of the mask and of the accuracy.
 
-``make liars`` (about 40 minutes on 2 cores) needs the photographs and the weights beside the
+``make liars`` (about 110 minutes on one core) needs the photographs and the weights beside the
 project. Ten farms score and align the shared ViT-S once, honestly. In each of ten draws two of
 them lie; the reference is what the same rule makes of the eight honest ones. Accuracy is the mean
 over honest farms of their decide parts, classifiers refitted.

@@ -1,0 +1,96 @@
+"""Candidates on disk: what is missing or damaged is made again from the parent and the step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import backbone, codec
+from common.errors import StateError
+from server.models import Models
+from tests.lab.network import SIDE, TINY
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[str]:
+    """Digests of a base and two candidates, each a step from the one before."""
+    spec = backbone.dense_spec("vit_tiny_patch16_224", SIDE, TINY)
+    torch.manual_seed(0)
+    models = Models(tmp_path)
+    digests = [models.save(backbone.build(spec), spec)]
+    for number in range(2):
+        model, _ = models.load(digests[-1])
+        layout = codec.layout_of(model, backbone.trainable_names(model, "bias"))
+        values = np.random.default_rng(number).standard_normal(layout.count, dtype=np.float32)
+        step = codec.encode(values * np.float32(0.01), digests[-1])
+        codec.apply(model, layout, codec.decode(step, base=digests[-1], count=layout.count))
+        digests.append(models.save(model, spec, step))
+    models.settle()
+    return digests
+
+
+def whole(folder: Path, digest: str) -> Path:
+    return Models(folder).path(digest)
+
+
+def test_a_candidate_is_on_disk_whole_and_as_a_step(tmp_path: Path, chain: list[str]) -> None:
+    for digest in chain:
+        model, spec = backbone.load_backbone(whole(tmp_path, digest))
+        assert backbone.digest(model, spec) == digest
+    models = Models(tmp_path)
+    assert [models.step(digest) is None for digest in chain] == [True, False, False]
+    assert bytes(models.body(chain[2])) == whole(tmp_path, chain[2]).read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "changed"])
+def test_what_a_crash_left_behind_is_made_again(
+    tmp_path: Path, chain: list[str], harm: str
+) -> None:
+    for digest in chain[1:]:
+        path = whole(tmp_path, digest)
+        data = bytearray(path.read_bytes())
+        path.unlink()
+        if harm == "cut":
+            path.write_bytes(data[: len(data) // 2])
+        elif harm == "changed":
+            data[-5] ^= 0x40
+            path.write_bytes(data)
+    models = Models(tmp_path)
+    model, spec = models.load(chain[2])
+    assert backbone.digest(model, spec) == chain[2]
+    again, _ = backbone.load_backbone(whole(tmp_path, chain[2]))
+    assert backbone.digest(again, spec) == chain[2]
+
+
+def test_a_damaged_step_is_named(tmp_path: Path, chain: list[str]) -> None:
+    whole(tmp_path, chain[2]).unlink()
+    step = tmp_path / "models" / f"{chain[2]}.delta"
+    data = bytearray(step.read_bytes())
+    data[-5] ^= 0x40
+    step.write_bytes(data)
+    with pytest.raises(StateError, match="delta' is damaged; restore it"):
+        Models(tmp_path).load(chain[2])
+
+
+def test_what_has_no_step_cannot_be_made_again(tmp_path: Path, chain: list[str]) -> None:
+    whole(tmp_path, chain[0]).write_bytes(b"half")
+    with pytest.raises(StateError, match="is damaged; restore it from a backup"):
+        Models(tmp_path).load(chain[0])
+
+
+def test_a_loaded_candidate_may_be_changed_without_harm(tmp_path: Path, chain: list[str]) -> None:
+    models = Models(tmp_path)
+    model, spec = models.load(chain[1])
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert backbone.digest(*models.load(chain[1])) == chain[1]
+    assert backbone.digest(model, spec) != chain[1]
+
+
+def test_files_half_written_are_swept(tmp_path: Path, chain: list[str]) -> None:
+    half = tmp_path / "models" / f".{chain[1]}.safetensors.x1"
+    half.write_bytes(b"half")
+    Models(tmp_path).sweep()
+    assert not half.exists()
+    assert whole(tmp_path, chain[1]).is_file()
