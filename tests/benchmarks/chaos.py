@@ -26,7 +26,7 @@ from common.processes import stop_all
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.lab.chaos import opened, redone
 from tests.system.proxy import Exchange, Fate
-from tests.system.site import Site, command, open_site, start
+from tests.system.site import Site, command, open_site, start, words
 
 ROOT = Path(__file__).parent.parent.parent
 LAB_CELLS, LAB_KILLS, REAL_KILLS, KILLS_PER_RUN = 10, 20, 20, 4
@@ -47,8 +47,8 @@ LINK_CELLS, LINK_FAULTS = 3, 0.04
 def lab(seed: int) -> Cell:
     """Twenty kills in the lab."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.lab.chaos", folder, str(LAB_KILLS), str(seed)]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        program = [sys.executable, "-m", "tests.lab.chaos", folder, str(LAB_KILLS), str(seed)]
+        done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"lab cell {seed}: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
         figures: Cell = json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +70,7 @@ def progress(site: Site) -> tuple[str, int]:
 def found(site: Site, target: str) -> list[psutil.Process]:
     """The processes of that kind below ``up``."""
     everyone = psutil.Process(site.up.pid).children(True)
-    return [p for p in everyone if any(TARGETS[target] in word for word in _words(p))]
+    return [process for process in everyone if TARGETS[target] in words(process)]
 
 
 def kill(site: Site, target: str) -> bool:
@@ -87,13 +87,6 @@ def kill(site: Site, target: str) -> bool:
     if target == "everything":
         site.up.start()  # as the machine's own service manager would
     return hit > 0
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def play(site: Site, targets: list[str], draw: random.Random) -> Cell:

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from common.processes import Child, free_port, stop_all, wait_for_port
 from server.store import Store
 from tests.lab.network import SIDE, TINY, draw_folder
@@ -76,6 +78,14 @@ def start(name: str, arguments: list[str], root: Path) -> Child:
     child = Child(name, lambda: arguments, root / f"{name}.log", env)
     child.start()
     return child
+
+
+def words(process: psutil.Process) -> str:
+    """What a process was started with; nothing when it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from tests.system.conftest import Told, wait_until
 from tests.system.proxy import Exchange, Fate
-from tests.system.site import FARMS, Site, call, command, open_site, start
+from tests.system.site import FARMS, Site, call, command, open_site, start, words
 
 pytestmark = pytest.mark.processes
 
@@ -20,7 +20,7 @@ SETTINGS = {"rounds": {"attempt_seconds": 12, "attempts": 8, "deadline_seconds":
 class Script:
     """The fates of the first answers of each kind that carry something; the rest passes.
 
-    The first one of each kind is left alone, so that the farms are known before trouble begins.
+    The first two of each kind are left alone, so that both farms are known before trouble begins.
     """
 
     fates: dict[str, list[Fate]]
@@ -118,10 +118,3 @@ def parent(process: psutil.Process) -> int:
         return process.ppid()
     except psutil.Error:
         return 0
-
-
-def words(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
