@@ -1,5 +1,6 @@
 """Flower ClientApp: nothing but glue between a Flower message and the farm that answers it."""
 
+import functools
 import importlib
 import logging
 import sys
@@ -9,6 +10,7 @@ from typing import cast, get_args
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.worker import in_worker
 from common.config import FarmConfig, load_settings
 from common.errors import DataError, ProtocolError, RejectReason
 from common.logs import start_logging
@@ -22,27 +24,38 @@ app = ClientApp()
 # What could be imported before Flower put the unpacked app first on the import path.
 _IMPORT_PATH = list(sys.path)
 
+_apart = False
+"""Whether work is done in a process of its own; as a program, always."""
+
 
 @app.query("hello")
 @app.train("align")
 @app.evaluate("report")
 def answer(message: Message, context: Context) -> Message:
-    """Answer a request; whatever goes wrong is answered with a refusal."""
+    """Answer a request; whatever goes wrong is answered with a refusal.
+
+    Raises:
+        LaunchError: the process that worked on it was killed; Flower tells the server.
+    """
     sys.path[:] = _IMPORT_PATH
+    work = functools.partial(_reply, message, context)
+    return Message(to_record(in_worker(work) if _apart else work()), reply_to=message)
+
+
+def _reply(message: Message, context: Context) -> Reply:
     try:
-        reply = _handle(_request_of(message), context)
+        return _handle(_request_of(message), context)
     except ProtocolError as error:
         log.error("refused a message: %s", error)
         other = error.reason is RejectReason.PROTOCOL
-        reply = Refusal(reason="protocol" if other else "bad_request", detail=str(error)[:500])
+        return Refusal(reason="protocol" if other else "bad_request", detail=str(error)[:500])
     except DataError as error:
         log.error("%s", error)
-        reply = Refusal(reason="data", detail="the image folder cannot be used; see the farm's log")
+        return Refusal(reason="data", detail="the image folder cannot be used; see the farm's log")
     except Exception as error:
         # The text of an exception may name an image: it stays in the farm's own log.
         log.exception("a request failed")
-        reply = Refusal(reason="internal", detail=f"{type(error).__name__}; see the farm's log")
-    return Message(to_record(reply), reply_to=message)
+        return Refusal(reason="internal", detail=f"{type(error).__name__}; see the farm's log")
 
 
 def load() -> None:
@@ -55,6 +68,8 @@ def main() -> None:
     """Flower's program ``flwr-clientapp``, with this very module as ``client.app``."""
     from flwr.supernode.cli import flwr_clientapp
 
+    global _apart
+    _apart = True
     start_logging()
     flwr_clientapp()
 

@@ -36,10 +36,29 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
-        raise DiskError(
-            f"cannot write '{path}': {error.strerror or error}; make room, or let this user write "
-            "there"
-        ) from error
+        raise _disk_error(path, error) from error
+
+
+def append(path: Path, data: bytes) -> int:
+    """Write ``data`` behind what is in ``path``, without fsync; returns where it begins.
+
+    Raises:
+        DiskError: the disk is full or the folder cannot be written; ``path`` is as long as before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(start)
+                raise
+            return start
+    except OSError as error:
+        raise _disk_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -63,6 +82,11 @@ def lock(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _disk_error(path: Path, error: OSError) -> DiskError:
+    why = error.strerror or error
+    return DiskError(f"cannot write '{path}': {why}; make room, or let this user write there")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ compensation -> anchors of the new mask -> one commit.
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
@@ -86,7 +85,7 @@ class RoundCloser:
         """
         number, base = work.number, work.base
         replies = self._store.replies(run, number)
-        readers = [self._spool.open(Path(row.path)) for row in replies]
+        readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(base.digest)
         step = self._step(replies, readers, model, base.digest)
         farms = self._score(run, replies, readers, spec) if work.scored else {}

@@ -176,7 +176,13 @@ _SECOND: Migration = (
 # Whether a farm's reply counts already is asked for every reply.
 _THIRD: Migration = ("CREATE INDEX replies_by_farm ON replies (run, farm)",)
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD)
+# The replies of a round lie in one file.
+_FOURTH: Migration = (
+    "ALTER TABLE replies ADD COLUMN start INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE replies ADD COLUMN length INTEGER NOT NULL DEFAULT 0",
+)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

@@ -14,8 +14,15 @@ from pathlib import Path
 from common.errors import RejectReason, StateError
 from common.messages import AlignReply, EvaluateReply
 from server.database import Database
-from server.rows import PauseRow, RejectionRow, ReplyRow, ReportRow, RoundKind, TrafficRow
-from server.spool import SpooledReply
+from server.rows import (
+    PauseRow,
+    RejectionRow,
+    ReplyRow,
+    ReportRow,
+    RoundKind,
+    SpooledReply,
+    TrafficRow,
+)
 
 
 class Records(Database):
@@ -60,7 +67,7 @@ class Records(Database):
         """
         now = time.time()
         metrics = (reply.accuracy, reply.f1, reply.loss, reply.dal, reply.seconds)
-        where = (str(spooled.path), spooled.digest)
+        where = (str(spooled.path), spooled.start, spooled.length, spooled.digest)
         with self._writing(durable=False) as db:
             _count_up(db, run, number, "align", node, size_bytes, now)
             counted = self._select(
@@ -76,8 +83,9 @@ class Records(Database):
                 raise StateError(f"round {number} of run {run} is not open; no reply can be taken")
             db.execute(
                 "INSERT INTO replies (run, round, node, farm, attempt, examples, accuracy, f1, "
-                "loss, dal, seconds, size_bytes, path, digest, received, of_round, steps, "
-                "train_seconds) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "loss, dal, seconds, size_bytes, path, start, length, digest, received, of_round, "
+                "steps, train_seconds) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(run, number, node, reply.farm, attempt, reply.examples),
                     *(*metrics, size_bytes, *where, now),
@@ -113,10 +121,10 @@ class Records(Database):
         )
 
     def spooled_paths(self, run: int) -> list[Path]:
-        """Spooled bodies of rounds that are still open: what the spool must keep."""
+        """Files with replies of rounds that are still open: what the spool must keep."""
         found = self._select(
-            "SELECT path FROM replies JOIN rounds USING (run, round, kind) "
-            "WHERE run = ? AND state = 'open' ORDER BY round, node",
+            "SELECT DISTINCT path FROM replies JOIN rounds USING (run, round, kind) "
+            "WHERE run = ? AND state = 'open' ORDER BY round",
             run,
         )
         return [Path(row["path"]) for row in found]

@@ -300,7 +300,7 @@ class RoundLoop:
         answered = set()
         for row in self._store.replies(self.run, number):
             try:
-                self._spool.open(Path(row.path))
+                self._spool.open(row.spooled)
                 answered.add(row.node)
             except StateError as error:
                 log.warning("%s; the farm is asked again", error)

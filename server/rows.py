@@ -1,6 +1,7 @@
 """What the store yields: one frozen value per kind of row. Times are unix seconds, sizes bytes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -67,8 +68,21 @@ class RoundRow:
 
 
 @dataclass(frozen=True)
+class SpooledReply:
+    """Where a reply lies in which file, and its sha256."""
+
+    path: Path
+    start: int
+    length: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.path} at {self.start}"
+
+
+@dataclass(frozen=True)
 class ReplyRow:
-    """An accepted reply; ``path`` is the spooled body, gone once the round is committed.
+    """An accepted reply; its spooled body is gone once the round is committed.
 
     ``of_round`` is the round it answers, earlier than ``round`` when it came late.
     """
@@ -84,12 +98,19 @@ class ReplyRow:
     seconds: float
     size_bytes: int
     path: str
+    start: int
+    length: int
     digest: str
     received: float
     round: int
     of_round: int
     steps: int
     train_seconds: float
+
+    @property
+    def spooled(self) -> SpooledReply:
+        """Where its body lies."""
+        return SpooledReply(Path(self.path), self.start, self.length, self.digest)
 
 
 @dataclass(frozen=True)

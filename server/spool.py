@@ -1,15 +1,15 @@
 """Valid replies on disk until their round commits, so that memory stays bounded.
 
-    RUN/ROUND/DIGEST.safetensors    one reply: the coded update and, in score rounds, the scores
+    RUN/ROUND.replies    the replies of a round one behind the other, each a safetensors file:
+                         the coded update and, in score rounds, the scores
 
-The name is the sha256 of the contents: a damaged file is found before it is used. The update is
-read slice by slice straight from its place in the file; nothing ever loads it whole.
+Where a reply lies, and its sha256, is on record: a damaged one is found before it is used. The
+update is read slice by slice straight from its place in the file; nothing ever loads it whole.
 """
 
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,20 +21,13 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from common.errors import StateError
-from common.files import write_atomically
+from common.files import append
 from common.messages import AlignReply, Array
+from server.rows import SpooledReply
 
 _MAX_HEADER_BYTES = 1 << 20
-_SUFFIX = ".safetensors"
+_SUFFIX = ".replies"
 _SCORES = ("head_importance", "head_mmd2", "neuron_importance")
-
-
-@dataclass(frozen=True)
-class SpooledReply:
-    """Where a reply lies, and the sha256 of the file."""
-
-    path: Path
-    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +67,8 @@ class ReplyReader:
     open files.
     """
 
-    def __init__(self, path: Path, origin: Origin, places: _Places) -> None:
-        self.path, self.node, self.farm = path, *origin
+    def __init__(self, spooled: SpooledReply, origin: Origin, places: _Places) -> None:
+        self.spooled, self.node, self.farm = spooled, *origin
         self._places = places
 
     @property
@@ -91,7 +84,7 @@ class ReplyReader:
         """The scores; raises StateError when the reply came without."""
         missing = [name for name in _SCORES if name not in self._places]
         if missing:
-            raise StateError(f"'{self.path}' holds no {missing[0]}: it is not of a score round")
+            raise StateError(f"'{self.spooled}' holds no {missing[0]}: it is not of a score round")
         arrays = {name: self._array(name) for name in _SCORES}
         return ReplyScores(**arrays)
 
@@ -104,8 +97,8 @@ class ReplyReader:
     def _bytes(self, name: str, offset: int, length: int) -> bytes:
         place = self._places[name]
         length = max(0, min(length, place.length - offset))
-        with _opened(self.path) as file:
-            file.seek(place.offset + offset)
+        with _opened(self.spooled) as file:
+            file.seek(self.spooled.start + place.offset + offset)
             return file.read(length)
 
 
@@ -116,10 +109,10 @@ class Spool:
         self._folder = folder
 
     def put(self, run: int, number: int, node: int, reply: AlignReply) -> SpooledReply:
-        """Write a reply; the same reply again is the same file.
+        """Append a reply to the others of its round.
 
         Raises:
-            StateError: the disk is full or cannot be written.
+            DiskError: the disk is full or cannot be written.
         """
         arrays: dict[str, Array] = {"update": reply.update}
         for name in _SCORES:
@@ -129,30 +122,39 @@ class Spool:
         # one key: safetensors writes several metadata keys in no particular order
         about = json.dumps({"run": run, "round": number, "node": node, "farm": reply.farm})
         data = save(arrays, metadata={"reply": about})
-        digest = hashlib.sha256(data).hexdigest()
-        path = self._round(run, number) / f"{digest}{_SUFFIX}"
-        # a reply that a power cut damages does not match its name: its farm is asked again, and
+        path = self._file(run, number)
+        # a reply that a power cut damages does not match its digest: its farm is asked again, and
         # answers from its own disk; waiting for ours would cost every round a second
-        write_atomically(path, data, durable=False)
-        return SpooledReply(path, digest)
+        start = append(path, data)
+        return SpooledReply(path, start, len(data), hashlib.sha256(data).hexdigest())
 
-    def open(self, path: Path) -> ReplyReader:
-        """A reply whose contents agree with its name.
+    def open(self, spooled: SpooledReply) -> ReplyReader:
+        """A reply whose contents agree with its digest.
 
         Raises:
             StateError: the file is missing or damaged; names it.
         """
-        with _opened(path) as file:
-            return ReplyReader(path, *_checked(path, file))
+        with _opened(spooled) as file:
+            file.seek(spooled.start)
+            data = file.read(spooled.length)
+        if hashlib.sha256(data).hexdigest() != spooled.digest:
+            raise StateError(
+                f"spooled reply '{spooled}' is damaged: its contents do not match its digest; "
+                "check the disk; the farm has to send this reply again"
+            )
+        try:
+            return ReplyReader(spooled, *_places(data))
+        except (KeyError, ValueError, TypeError) as error:
+            raise StateError(f"'{spooled}' is not a spooled reply: {error}") from error
 
     def discard_round(self, run: int, number: int) -> None:
         """Remove the replies of a round; call it once the round is committed."""
-        shutil.rmtree(self._round(run, number), ignore_errors=True)
-        with contextlib.suppress(OSError):  # other rounds may be there
-            (self._folder / str(run)).rmdir()
+        with contextlib.suppress(OSError):  # what cannot be removed is swept at the next start
+            self._file(run, number).unlink(missing_ok=True)
+            self._file(run, number).parent.rmdir()  # other rounds may be there
 
     def sweep(self, known: Iterable[Path]) -> int:
-        """Remove whatever is not known: replies without a record, files half written.
+        """Remove the files in which no known reply lies.
 
         Call it at start, before anything is put. Returns how many files were removed.
         """
@@ -164,45 +166,30 @@ class Spool:
         ]
         for path in orphans:
             path.unlink(missing_ok=True)
-        for folder in sorted(self._folder.glob("*/*"), reverse=True) + list(self._folder.glob("*")):
-            with contextlib.suppress(OSError):  # not empty
+        for folder in sorted(self._folder.rglob("*"), reverse=True):
+            with contextlib.suppress(OSError):  # a file, or not empty
                 folder.rmdir()
         return len(orphans)
 
-    def _round(self, run: int, number: int) -> Path:
-        return self._folder / str(run) / str(number)
+    def _file(self, run: int, number: int) -> Path:
+        return self._folder / str(run) / f"{number}{_SUFFIX}"
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BufferedReader]:
+def _opened(spooled: SpooledReply) -> Iterator[BufferedReader]:
     try:
-        with path.open("rb") as file:
+        with spooled.path.open("rb") as file:
             yield file
     except OSError as error:
-        raise StateError(f"spooled reply '{path}' cannot be read: {error.strerror}") from error
+        raise StateError(f"spooled reply '{spooled}' cannot be read: {error.strerror}") from error
 
 
-def _checked(path: Path, file: BufferedReader) -> tuple[Origin, _Places]:
-    """Origin and places of the tensors of an undamaged file."""
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if f"{digest}{_SUFFIX}" != path.name:
-        raise StateError(
-            f"spooled reply '{path}' is damaged: its contents do not match its name; "
-            "check the disk; the farm has to send this reply again"
-        )
-    try:
-        return _places(file)
-    except (KeyError, ValueError, TypeError) as error:
-        raise StateError(f"'{path}' is not a spooled reply: {error}") from error
-
-
-def _places(file: BufferedReader) -> tuple[Origin, _Places]:
+def _places(data: bytes) -> tuple[Origin, _Places]:
     """Parse the safetensors header: 8 bytes of length, then JSON; offsets count from its end."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(data[:8], "little")
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    header: dict[str, Any] = json.loads(file.read(length))
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
     about = json.loads(header.pop("__metadata__")["reply"])
     origin = Origin(int(about["node"]), str(about["farm"]))
     places = {}

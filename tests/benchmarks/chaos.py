@@ -26,7 +26,7 @@ from common.processes import stop_all
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.lab.chaos import opened, redone
 from tests.system.proxy import Exchange, Fate
-from tests.system.site import Site, command, open_site, start, words
+from tests.system.site import Site, open_site, words
 
 ROOT = Path(__file__).parent.parent.parent
 LAB_CELLS, LAB_KILLS, REAL_KILLS, KILLS_PER_RUN = 10, 20, 20, 4
@@ -91,7 +91,7 @@ def kill(site: Site, target: str) -> bool:
 
 def play(site: Site, targets: list[str], draw: random.Random) -> Cell:
     """One run with a kill for every target, at random moments while it goes on."""
-    train = start("train", command("fieldfed-server", "train", site.server), site.root)
+    train = site.start("train", "fieldfed-server", "train", site.server)
     hits: list[dict[str, Any]] = []
     most, until = 0, time.monotonic() + RUN_SECONDS
     while progress(site)[0] != "done":

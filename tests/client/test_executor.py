@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from client import messenger
 from client.launch import executor
 from common.programs import flower_home, programs_of
+from tests.waiting import wait_until
 
 # What client.executor.main does, with a print in place of Flower's program.
 _EXECUTOR = """
@@ -36,17 +37,10 @@ def folder(tmp_path: Path) -> Path:
 def running(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-c", _EXECUTOR, str(folder), str(tmp_path / "work.log")]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        _wait_for(lambda: (folder / messenger.SOCKET).exists())
+        wait_until((folder / messenger.SOCKET).exists, 30, "a socket")
         time.sleep(0.1)  # from bind to listen
         yield process
         process.kill()
-
-
-def _wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing came of it in 30 s"
-        time.sleep(0.02)
 
 
 def _send(folder: Path, *arguments: str) -> int:
@@ -58,13 +52,17 @@ def _lines(log_file: Path) -> list[str]:
     return log_file.read_text().splitlines() if log_file.exists() else []
 
 
+def _wait_for_lines(log_file: Path, count: int) -> None:
+    wait_until(lambda: len(_lines(log_file)) == count, 30, f"{count} lines of work")
+
+
 def test_each_messenger_gets_a_child_of_the_same_executor(
     running: subprocess.Popen[bytes], folder: Path, tmp_path: Path
 ) -> None:
     assert _send(folder, "--token", "first word") == 0
-    _wait_for(lambda: len(_lines(tmp_path / "work.log")) == 1)
+    _wait_for_lines(tmp_path / "work.log", 1)
     assert _send(folder) == 0
-    _wait_for(lambda: len(_lines(tmp_path / "work.log")) == 2)
+    _wait_for_lines(tmp_path / "work.log", 2)
     assert _lines(tmp_path / "work.log") == [f"{running.pid} --token first word", f"{running.pid}"]
 
 
@@ -83,7 +81,7 @@ def test_what_is_no_messenger_is_sent_away_and_the_next_is_served(
         except (BrokenPipeError, ConnectionResetError):
             pass  # sent away before all was read
     assert _send(folder, "again") == 0
-    _wait_for(lambda: len(_lines(tmp_path / "work.log")) == 1)
+    _wait_for_lines(tmp_path / "work.log", 1)
     assert running.poll() is None
 
 

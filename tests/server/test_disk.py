@@ -3,6 +3,7 @@
 import itertools
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from tests.lab.network import Lab
 
 
 class Disk:
-    """In place of ``write_atomically``: full from write ``first`` on, until there is room."""
+    """In place of a function that writes: full from write ``first`` on, until there is room."""
 
-    def __init__(self, first: int) -> None:
-        self._first, self._writes, self.room = first, 0, False
+    def __init__(self, first: int, write: Callable[..., Any] = write_atomically) -> None:
+        self._first, self._write, self._writes, self.room = first, write, 0, False
 
-    def __call__(self, path: Path, *arguments: Any, **options: Any) -> None:
+    def __call__(self, path: Path, *arguments: Any, **options: Any) -> Any:
         self._writes += 1
         if self._writes >= self._first and not self.room:
             raise DiskError(f"cannot write '{path}': No space left on device")
-        write_atomically(path, *arguments, **options)
+        return self._write(path, *arguments, **options)
 
 
 def digests(lab: Lab, run: int) -> list[str]:
@@ -43,13 +44,25 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return digests(lab, 1)
 
 
-@pytest.mark.parametrize(("room", "first"), [("spool", 2), ("spool", 4), ("models", 2)])
+@pytest.mark.parametrize(
+    ("module", "write", "first"),
+    [
+        (server.spool, "append", 2),
+        (server.spool, "append", 4),
+        (server.models, "write_atomically", 2),
+    ],
+)
 def test_a_run_goes_on_when_the_servers_disk_has_room_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calm: list[str], room: str, first: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calm: list[str],
+    module: Any,
+    write: str,
+    first: int,
 ) -> None:
     lab = Lab(tmp_path, prune_heads=0.4)
-    disk = Disk(first)
-    monkeypatch.setattr(getattr(server, room), "write_atomically", disk)
+    disk = Disk(first, getattr(module, write))
+    monkeypatch.setattr(module, write, disk)
     with pytest.raises(DiskError, match="No space left"):
         lab.run()
     with lab.store() as store:

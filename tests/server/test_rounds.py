@@ -268,7 +268,9 @@ def test_a_spooled_reply_damaged_by_a_power_cut_is_asked_for_again(tmp_path: Pat
     store = lab.store()
     broken, kept = store.replies(1, 1)
     store.close()
-    Path(broken.path).write_bytes(Path(broken.path).read_bytes()[:50])
+    with Path(broken.path).open("r+b") as file:
+        file.seek(broken.start + 50)
+        file.write(b"\0" * 50)
     asked = {node for node, request in lab.run().requests if isinstance(request, AlignRequest)}
     assert asked == {1, 2, 3} - {kept.node}
 

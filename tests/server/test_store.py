@@ -16,7 +16,7 @@ import pytest
 from common.errors import RejectReason, StateError
 from common.messages import AlignReply, EvaluateReply
 from server.migrations import MIGRATIONS, migrate, version_of
-from server.spool import SpooledReply
+from server.rows import SpooledReply
 from server.store import CandidateRow, ScoreRow, Store
 
 BASE, NEXT = "aa" * 32, "bb" * 32
@@ -70,7 +70,7 @@ def report(farm: str = "mango", accuracy: float = 0.75) -> EvaluateReply:
 
 
 def spooled(node: int) -> SpooledReply:
-    return SpooledReply(Path(f"/spool/{node}.safetensors"), "cc" * 32)
+    return SpooledReply(Path("/spool/1/1.replies"), 100 * node, 100, "cc" * 32)
 
 
 def started(store: Store, farms: int = 2) -> int:
@@ -175,7 +175,8 @@ def test_a_reply_counts_once(store: Store) -> None:
         (1, "rice", 0.5),
         (2, "mango", 0.5),
     ]
-    assert store.spooled_paths(run) == [spooled(1).path, spooled(2).path]
+    assert store.spooled_paths(run) == [spooled(1).path]
+    assert [row.spooled for row in store.replies(run, 1)] == [spooled(1), spooled(2)]
     up = {row.node: row.bytes_up for row in store.traffic(run)}
     assert up == {1: 400, 2: 1000}  # what travelled twice is counted twice
 

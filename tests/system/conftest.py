@@ -11,8 +11,7 @@ import json
 import os
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from common.processes import Child, free_port, stop_all, wait_for_port
 from server.launch import Network, submit_run
 from tests.system.proxy import Exchange, Proxy
 from tests.system.site import Site, call, open_site
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 FARMS = ("alpha", "beta")
@@ -74,13 +74,6 @@ start_logging()
 path = Path({config!r})
 run_supernode(load_settings(FarmConfig, path), path, Path({state!r}))
 """
-
-
-def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:.0f} s"
-        time.sleep(0.1)
 
 
 def set_traps(folder: Path, mark: Path) -> None:

@@ -46,6 +46,8 @@ class Site:
     up: Child
     farms: list[Child]
     proxy: Proxy
+    children: list[Child]
+    """All that ends with the site: the server, the farms, and what :meth:`start` started."""
 
     @property
     def server(self) -> str:
@@ -56,6 +58,12 @@ class Site:
     def store(self) -> Store:
         """The server's store, to be closed after use."""
         return Store.open(self.root / "server" / "fieldfed.db", read_only=True)
+
+    def start(self, name: str, *arguments: str) -> Child:
+        """Start one of our commands beside them."""
+        child = start(name, command(*arguments), self.root)
+        self.children.append(child)
+        return child
 
 
 def command(*arguments: str) -> list[str]:
@@ -120,7 +128,7 @@ def open_site(
             said = call("fieldfed-client", "init", folder, *flags)
             assert f"farm {name}: {2 + number} classes" in said
             children.append(start(name, command("fieldfed-client", "run", folder), root))
-        yield Site(root, up, children[1:], proxy)
+        yield Site(root, up, children[1:], proxy, children)
 
 
 def _toml(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:

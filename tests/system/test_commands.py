@@ -12,9 +12,10 @@ import pytest
 from common.messages import AlignReply, AlignRequest, EvaluateReply
 from common.processes import Child
 from server.status import snapshot
-from tests.system.conftest import Told, wait_until
+from tests.system.conftest import Told
 from tests.system.site import FARMS, Site, call, command
 from tests.system.traffic import WireMessage, inspect
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 

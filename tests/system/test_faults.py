@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from tests.system.conftest import Told, wait_until
+from tests.system.conftest import Told
 from tests.system.proxy import Exchange, Fate
-from tests.system.site import FARMS, Site, call, command, open_site, start, words
+from tests.system.site import FARMS, Site, call, open_site, words
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 
@@ -85,11 +86,8 @@ def test_a_farm_killed_in_the_middle_of_its_work_is_asked_again(
     spoiled: tuple[Site, list[str]],
 ) -> None:
     site = spoiled[0]
-    train = start(
-        "again",
-        command("fieldfed-server", "train", site.server, "--rounds", "2", "--label", "again"),
-        site.root,
-    )
+    arguments = ("train", site.server, "--rounds", "2", "--label", "again")
+    train = site.start("again", "fieldfed-server", *arguments)
     wait_until(lambda: killed(site), 120, "work on a round of the second run")
     wait_until(lambda: train.returncode is not None, 200, "the end of the run")
     assert train.returncode == 0, train.last_words()
@@ -105,7 +103,8 @@ def killed(site: Site) -> bool:
             return False
     everyone = {process.pid: process for farm in site.farms for process in farm.observe()}
     executors = {pid for pid, process in everyone.items() if "client.executor" in words(process)}
-    at_work = [process for process in everyone.values() if parent(process) in executors]
+    speaking = {pid for pid, process in everyone.items() if parent(process) in executors}
+    at_work = [process for process in everyone.values() if parent(process) in speaking]
     # one that has just begun, so that its answer cannot be on its way yet
     begun = [process for process in at_work if time.time() - process.create_time() < 1.0]
     for process in begun[:1]:

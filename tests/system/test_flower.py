@@ -26,9 +26,10 @@ from common.messages import (
 from common.processes import wait_for_port
 from server.launch import Network, run_status, serve
 from tests.system import traffic
-from tests.system.conftest import FARMS, ROOT, Plant, start_plant, wait_until
+from tests.system.conftest import FARMS, ROOT, Plant, start_plant
 from tests.system.proxy import PREFIX, Exchange
 from tests.system.traffic import SCHEMA, LeakError, WireMessage
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 

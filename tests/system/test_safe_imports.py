@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import ROOT, Plant, set_traps, wait_until, write_bundle
+from tests.system.conftest import ROOT, Plant, set_traps, write_bundle
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 
