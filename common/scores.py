@@ -127,14 +127,16 @@ def decode_neurons(coded: Codes, count: int) -> Floats:
             "update the older side",
             RejectReason.PROTOCOL,
         )
-    codes = coded[HEADER.size :].astype(np.float64)
+    codes = coded[HEADER.size :]
     in_range = np.isfinite(scale) and scale >= 0 and 0 <= step <= OCTAVES / STEPS * 1.001
     if not in_range or (scale == 0 and codes.any()):
         raise ProtocolError(
             f"coded neuron scores carry an impossible header (scale {scale}, step {step})"
         )
-    values = scale * np.exp2(-step * (255 - codes))
-    return np.where(codes > 0, values, 0.0).astype(np.float32)
+    values = (scale * np.exp2(-step * (255 - np.arange(256.0)))).astype(np.float32)
+    values[0] = 0.0
+    decoded: Floats = values[codes]
+    return decoded
 
 
 def invariance(mmd2: npt.NDArray[Any], tau: float) -> npt.NDArray[Any]:

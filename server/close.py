@@ -107,7 +107,7 @@ class RoundCloser:
 
         What farms sent in this round stands on the undone backbone and is thrown away.
         """
-        model, spec = self._models.load(base.digest)
+        model, spec = self._models.view(base.digest)
         candidate = self._candidate(model, spec, base.digest, base.digest, base.mask)
         replies = self._store.replies(run, number)
         self._commit(run, number, candidate, base.mask, replies, [], verdict)

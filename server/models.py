@@ -6,13 +6,14 @@ anchors/MASK.safetensors     the anchors that belong to a mask
 
 Where there is a step it is what counts: it is kilobytes, and on disk before the round commits. The
 whole candidate is written beside the next round; should a crash come first, or a power cut damage
-it, it is made again from its parent and the step.
+it, it is made again from its parent and the step. A candidate without a step survives a crash from
+the start, and a power cut a second later: before that, the round has to be done again.
 """
 
-import copy
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ from timm.models.vision_transformer import VisionTransformer
 from common import backbone, codec
 from common.anchors import Anchors
 from common.errors import DiskError, FieldfedError, StateError
-from common.files import write_atomically
+from common.files import make_durable, write_atomically
 from common.messages import Array
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-BODIES_KEPT = 2
-"""A candidate whole, and the step to it."""
+BODIES_KEPT = 3
+"""A candidate whole, the step to it, and the anchors."""
 
 
 class Models:
@@ -51,15 +52,29 @@ class Models:
         ``model`` stays in memory: it must not be changed after that.
         """
         digest = backbone.digest(model, spec)
+        path, body = self.path(digest), backbone.pack(model, spec)
         self.settle()
         if step is None:
-            backbone.save_backbone(self.path(digest), model, spec)
+            write_atomically(path, body, durable=False)
+            self._beside(partial(make_durable, path))
         else:
             write_atomically(self._step_path(digest), step.tobytes())
-            self._writer = threading.Thread(target=self._write, args=(digest, model, spec))
-            self._writer.start()
+            self._beside(partial(write_atomically, path, body, durable=False))
+        self._shared(path, lambda: body)  # the next round's requests may carry it
         self._newest = digest, model, spec
         return digest
+
+    def _beside(self, work: Callable[[], None]) -> None:
+        """Let a thread do what the next round need not wait for."""
+
+        def attempt() -> None:
+            try:
+                work()
+            except DiskError as error:
+                log.error("%s; a crash now would cost a round", error)
+
+        self._writer = threading.Thread(target=attempt)
+        self._writer.start()
 
     def settle(self) -> None:
         """Wait until everything is on disk."""
@@ -72,16 +87,11 @@ class Models:
         for path in self._models.glob(".*"):
             path.unlink(missing_ok=True)
 
-    def _write(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
-        try:
-            write_atomically(self.path(digest), backbone.pack(model, spec), durable=False)
-        except DiskError as error:
-            log.error("%s; the candidate can be made again from its step", error)
-
     def load(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
         """A candidate, the caller's to change; raises StateError when it is absent or damaged."""
-        model, spec = self.view(digest)
-        return copy.deepcopy(model), spec
+        loaded = self.view(digest)
+        self._newest = None
+        return loaded
 
     def view(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
         """A candidate to look at only: the newest stays in memory. Raises as ``load`` does."""
@@ -106,7 +116,7 @@ class Models:
         if backbone.digest(model, spec) != digest:
             raise StateError(f"'{self._step_path(digest)}' is damaged; restore it from a backup")
         log.warning("candidate %s is made again from its step", digest[:12])
-        self._write(digest, model, spec)
+        write_atomically(self.path(digest), backbone.pack(model, spec), durable=False)
         return model, spec
 
     def body(self, digest: str) -> Array:
@@ -115,11 +125,14 @@ class Models:
 
     def step(self, digest: str) -> Array | None:
         """The coded step that leads to this candidate, or None after a prune event."""
-        path = self._step_path(digest)
-        return self._shared(path, path.read_bytes) if path.is_file() else None
+        return self._if_kept(self._step_path(digest))
 
     def _step_path(self, digest: str) -> Path:
         return self._models / f"{digest}.delta"
+
+    def _if_kept(self, path: Path) -> Array | None:
+        known = path in self._bodies or path.is_file()
+        return self._shared(path, path.read_bytes) if known else None
 
     def _shared(self, path: Path, read: Callable[[], bytes]) -> Array:
         """What a file holds; all requests of a round share one read-only array."""
@@ -135,7 +148,9 @@ class Models:
 
     def save_anchors(self, mask: str, anchors: Anchors) -> None:
         """Keep the anchors of a mask."""
-        write_atomically(self._anchors / f"{mask}.safetensors", anchors.to_bytes())
+        path = self._anchors / f"{mask}.safetensors"
+        self._bodies.pop(path, None)
+        write_atomically(path, anchors.to_bytes())
 
     def import_anchors(self, mask: str, path: Path) -> None:
         """Take over the anchors that pre-training left, if it had source images."""
@@ -144,8 +159,7 @@ class Models:
 
     def anchors(self, mask: str) -> Array | None:
         """The anchors of a mask as bytes, or None when the server has no source images."""
-        path = self._anchors / f"{mask}.safetensors"
-        return np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else None
+        return self._if_kept(self._anchors / f"{mask}.safetensors")
 
 
 def _advance(model: VisionTransformer, step: Array) -> None:

@@ -95,6 +95,7 @@ def start_or_resume(settings: RunSettings, store: Store, models: Models, state_d
         return last.run
     model, spec = backbone.load_backbone(state_dir / "base.safetensors")
     base, mask = models.save(model, spec), Mask.dense(spec)
+    models.settle()
     models.import_anchors(mask.digest, state_dir / "anchors.safetensors")
     run = store.start_run(text, settings.config.seed, base, mask.to_json(), settings.label)
     log.info("run %d starts from backbone %s", run, base[:12])
@@ -167,7 +168,16 @@ class RoundLoop:
         last = self._store.last_committed(self.run)
         if last is None:
             return self._start, 0
-        return self._base_after(last[0]), last[0]
+        number, candidate = last
+        try:
+            self._models.view(candidate.digest)
+        except StateError as error:
+            if candidate.digest == candidate.parent:
+                raise  # an earlier one, restored: to do this round again would not bring it back
+            log.warning("%s; round %d is done again", error, number)
+            self._store.reopen_round(self.run, number)
+            number -= 1
+        return self._base_after(number), number
 
     def _base_after(self, number: int) -> Base:
         """What a committed round ended with; round 0 is the beginning."""

@@ -14,6 +14,7 @@ import server.models
 import server.spool
 from common.errors import DiskError
 from common.files import write_atomically
+from common.messages import AlignRequest, Reply, Request
 from server.store import Store
 from tests.lab.network import Lab
 
@@ -49,7 +50,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     [
         (server.spool, "append", 2),
         (server.spool, "append", 4),
-        (server.models, "write_atomically", 2),
+        (server.models, "write_atomically", 3),
     ],
 )
 def test_a_run_goes_on_when_the_servers_disk_has_room_again(
@@ -72,6 +73,34 @@ def test_a_run_goes_on_when_the_servers_disk_has_room_again(
     with lab.store() as store:
         assert [run.state for run in store.runs()] == ["done"]
     assert digests(lab, 1) == calm
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a candidate", None])
+def test_a_candidate_that_a_power_cut_took_costs_one_round(
+    tmp_path: Path, calm: list[str], damage: bytes | None
+) -> None:
+    lab = Lab(tmp_path, prune_heads=0.4)
+
+    def power_cut(_node: int, request: Request, _reply: Reply) -> None:
+        if isinstance(request, AlignRequest) and request.base == calm[0]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(fault=power_cut)
+    with lab.store() as store:
+        assert digests(lab, 1) == calm[:1]
+        assert store.candidates(1)[1].mask != store.run(1).mask, "it was not a prune event"
+        candidate = Path(store.candidates(1)[1].path)
+        masks = len(store.masks(1))
+    candidate.unlink() if damage is None else candidate.write_bytes(damage)
+    lab.run()
+    assert digests(lab, 1) == calm
+    with lab.store() as store:
+        attempts = [row.attempt for row in store.rounds(1) if row.kind == "align"]
+        assert attempts[0] == 2
+        assert [len(store.replies(1, n)) for n in (1, 2)] == [3, 3]
+        assert len(store.scores(1)[1]) == 4, "the scores of three farms and of their consensus"
+        assert len(store.masks(1)) == masks
 
 
 def test_a_full_database_is_told_apart_from_a_damaged_one(tmp_path: Path) -> None:
