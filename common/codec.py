@@ -52,6 +52,7 @@ MAX_BLOCK = 65536
 _HEADER = struct.Struct("<4sHBBIQ32s")
 _FLOAT = np.dtype("<f4")
 _LEVELS = 127
+_CHECKED_AT_ONCE = 1 << 20
 # The largest scale whose 127-fold is still finite: the decoder yields finite numbers or refuses.
 _MAX_SCALE = np.nextafter(np.float32(np.finfo(np.float32).max / _LEVELS), np.float32(0))
 
@@ -295,6 +296,25 @@ def decode(payload: Bytes | bytes, *, base: str | None, count: int) -> Floats:
     return decode_slice(reader_of(payload), header, 0, count)
 
 
+def check(payload: Bytes | bytes, *, base: str | None, count: int) -> None:
+    """Refuse what :func:`decode` would refuse, without decoding anything.
+
+    Raises:
+        ProtocolError: as :func:`decode` does.
+    """
+    header = read_header(payload)
+    check_header(header, base=base, count=count, size=len(payload))
+    read = reader_of(payload)
+    if header.bits == 8 and count:
+        _scales(read, 0, header.blocks)
+    for start in range(0, count, _CHECKED_AT_ONCE):
+        stop = min(start + _CHECKED_AT_ONCE, count)
+        if header.bits == 32:
+            _raw_slice(read, header, start, stop)
+        else:
+            _quantised(read, header, start, stop)
+
+
 def reader_of(payload: Bytes | bytes) -> Read:
     """A payload in memory as the ``read`` of :func:`decode_slice`."""
     return lambda offset, length: bytes(payload[offset : offset + length])
@@ -325,10 +345,7 @@ def decode_slice(read: Read, header: Header, start: int, stop: int) -> Floats:
     first, last = start // header.block, -(-stop // header.block)
     begin, end = first * header.block, min(last * header.block, header.count)
     scales = _scales(read, first, last)
-    data = _read_exactly(read, header.values_at + begin, end - begin)
-    quantised = np.frombuffer(data, dtype=np.int8)
-    if quantised.min() < -_LEVELS:
-        raise ProtocolError(f"the update holds -128, the code is -{_LEVELS}..{_LEVELS}")
+    quantised = _quantised(read, header, begin, end)
     return _dequantise(quantised, scales, header.block)[start - begin : stop - begin]
 
 
@@ -338,6 +355,14 @@ def _raw_slice(read: Read, header: Header, start: int, stop: int) -> Floats:
     if not np.isfinite(values).all():
         raise ProtocolError("the update holds NaN or infinity", RejectReason.NOT_FINITE)
     return values
+
+
+def _quantised(read: Read, header: Header, begin: int, end: int) -> npt.NDArray[np.int8]:
+    data = _read_exactly(read, header.values_at + begin, end - begin)
+    quantised = np.frombuffer(data, dtype=np.int8)
+    if quantised.min() < -_LEVELS:
+        raise ProtocolError(f"the update holds -128, the code is -{_LEVELS}..{_LEVELS}")
+    return quantised
 
 
 def _scales(read: Read, first: int, last: int) -> Floats:

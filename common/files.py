@@ -39,20 +39,6 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
         raise _disk_error(path, error) from error
 
 
-def make_durable(path: Path) -> None:
-    """Wait until a file that was written without fsync survives a power cut.
-
-    Raises:
-        DiskError: it cannot be made so.
-    """
-    try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _disk_error(path, error) from error
-
-
 def append(path: Path, data: bytes) -> int:
     """Write ``data`` behind what is in ``path``, without fsync; returns where it begins.
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common import codec
-from common.codec import Bytes, Floats, Header, Read
+from common.codec import Floats, Header, Read
 from common.config import Aggregation
-from common.errors import ConfigError, ProtocolError, RejectReason, StateError
+from common.errors import ConfigError, ProtocolError, StateError
 from server import robust
 from server.robust import Doubles
 
@@ -112,26 +112,6 @@ class _Stack:
             stop = min(start + self._width, self.count)
             rows = [codec.decode_slice(*source, start, stop) for source in self._sources]
             yield slice(start, stop), np.stack(rows) * self._factors[:, None]
-
-
-def validate_update(
-    payload: Bytes, *, base: str, count: int, max_norm: float | None = None, chunk: int = CHUNK
-) -> float:
-    """Check a coded update, uint8 (m,), without decoding it whole; returns its L2 norm.
-
-    Raises:
-        ProtocolError: MALFORMED, PROTOCOL, FOREIGN_BASE, SHAPE, NOT_FINITE, or OVERSIZED when
-            the norm exceeds ``max_norm``.
-    """
-    header = codec.read_header(payload)
-    codec.check_header(header, base=base, count=count, size=len(payload))
-    norm = _norm(codec.reader_of(payload), header, chunk)
-    if max_norm is not None and norm > max_norm:
-        raise ProtocolError(
-            f"the update's norm {norm:.3g} exceeds the limit of {max_norm:.3g}",
-            RejectReason.OVERSIZED,
-        )
-    return norm
 
 
 def _by_farm(

@@ -123,7 +123,10 @@ class RoundCloser:
         scores: Sequence[ScoreRow],
         verdict: VerdictRow | None,
     ) -> None:
-        """Put the end of a round on record, and let its spooled replies go."""
+        """Put the end of a round on record, and let the replies of earlier ones go.
+
+        Its own stay until the next commit: by then its candidate is on disk.
+        """
         judged = list(accuracies(replies).values())
         self._store.commit_round(
             run,
@@ -136,7 +139,7 @@ class RoundCloser:
             mean_accuracy=float(np.mean(judged)) if judged else None,
             verdict=verdict,
         )
-        self._spool.discard_round(run, number)
+        self._spool.discard(run, before=number)
 
     def _candidate(
         self, model: VisionTransformer, spec: ModelSpec, digest: str, parent: str, mask: Mask

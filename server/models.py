@@ -6,14 +6,13 @@ anchors/MASK.safetensors     the anchors that belong to a mask
 
 Where there is a step it is what counts: it is kilobytes, and on disk before the round commits. The
 whole candidate is written beside the next round; should a crash come first, or a power cut damage
-it, it is made again from its parent and the step. A candidate without a step survives a crash from
-the start, and a power cut a second later: before that, the round has to be done again.
+it, it is made again from its parent and the step. A candidate without a step is made again from the
+replies of its round, which are kept until it is on disk.
 """
 
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from common import backbone, codec
 from common.anchors import Anchors
 from common.errors import DiskError, FieldfedError, StateError
-from common.files import make_durable, write_atomically
+from common.files import write_atomically
 from common.messages import Array
 from common.spec import ModelSpec
 
@@ -41,6 +40,7 @@ class Models:
         self._bodies: dict[Path, Array] = {}
         self._newest: tuple[str, VisionTransformer, ModelSpec] | None = None
         self._writer: threading.Thread | None = None
+        self._failed: DiskError | None = None
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
@@ -54,33 +54,35 @@ class Models:
         digest = backbone.digest(model, spec)
         path, body = self.path(digest), backbone.pack(model, spec)
         self.settle()
-        if step is None:
-            write_atomically(path, body, durable=False)
-            self._beside(partial(make_durable, path))
-        else:
+        if step is not None:
             write_atomically(self._step_path(digest), step.tobytes())
-            self._beside(partial(write_atomically, path, body, durable=False))
+        self._writer = threading.Thread(target=self._write, args=(path, body, step is None))
+        self._writer.start()
         self._shared(path, lambda: body)  # the next round's requests may carry it
         self._newest = digest, model, spec
         return digest
 
-    def _beside(self, work: Callable[[], None]) -> None:
-        """Let a thread do what the next round need not wait for."""
-
-        def attempt() -> None:
-            try:
-                work()
-            except DiskError as error:
-                log.error("%s; a crash now would cost a round", error)
-
-        self._writer = threading.Thread(target=attempt)
-        self._writer.start()
+    def _write(self, path: Path, body: bytes, alone: bool) -> None:
+        try:
+            write_atomically(path, body, durable=alone)
+        except DiskError as error:
+            if alone:
+                self._failed = error
+            else:
+                log.error("%s; the candidate can be made again from its step", error)
 
     def settle(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is on disk.
+
+        Raises:
+            DiskError: a candidate that has no step could not be written.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
 
     def sweep(self) -> None:
         """Remove files half written, of a process that was killed; call it before anything else."""

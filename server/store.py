@@ -232,14 +232,14 @@ class Store(Records):
                 _insert_verdict(db, run, verdict)
 
     def reopen_round(self, run: int, number: int) -> None:
-        """Take back the newest commit, whose candidate is lost: the round is to be done again."""
+        """Take back the newest commit, whose candidate is lost, and all that stands on it."""
         with self._writing() as db:
             here = (run, number)
             db.execute("DELETE FROM scores WHERE run = ? AND round = ?", here)
             db.execute("DELETE FROM candidates WHERE run = ? AND round = ?", here)
             db.execute("DELETE FROM verdicts WHERE run = ? AND judged = ?", here)
-            # what these stand on may never come back
             db.execute("DELETE FROM replies WHERE run = ? AND round > ?", here)
+            db.execute("DELETE FROM rounds WHERE run = ? AND round > ? AND kind = 'align'", here)
             db.execute("DELETE FROM reports WHERE run = ? AND round >= ?", here)
             db.execute(
                 "UPDATE rounds SET state = 'open', finished = NULL WHERE run = ? AND round = ? "

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common import codec
 from common.errors import ProtocolError, RejectReason
 from common.messages import AlignReply, Array, EvaluateReply
 from common.scores import decode_neurons
 from common.spec import ModelSpec
-from server.aggregate import validate_update
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def check_align(reply: AlignReply, asked: Asked, expected: Expected) -> None:
             f"an update of {reply.update.nbytes} bytes is over the limit of {expected.limit_bytes}",
             RejectReason.OVERSIZED,
         )
-    validate_update(reply.update, base=asked.base, count=expected.count)
+    codec.check(reply.update, base=asked.base, count=expected.count)
     if not expected.scored:
         return
     heads = sum(expected.spec.heads)

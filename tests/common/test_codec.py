@@ -265,6 +265,28 @@ def test_mutated_bytes_decode_to_finite_numbers_or_raise(
         assert np.isfinite(codec.decode(payload, base=None, count=300)).all()
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
+    st.booleans(),
+    st.integers(-2, 2),
+)
+def test_a_check_refuses_what_the_decoder_refuses_and_nothing_else(
+    changes: list[tuple[int, int]], exact: bool, cut: int
+) -> None:
+    payload = codec.encode(random_values(300), BASE, bits=32 if exact else 8, block=64).copy()
+    for place, value in changes:
+        payload[place % payload.size] = value
+    payload = payload[: len(payload) - cut] if cut >= 0 else np.append(payload, payload[:1])
+    reasons: list[RejectReason | None] = []
+    for look in (codec.decode, codec.check):
+        try:
+            look(payload, base=BASE, count=300)
+            reasons.append(None)
+        except ProtocolError as error:
+            reasons.append(error.reason)
+    assert reasons[0] is reasons[1]
+
+
 def test_a_lying_header_allocates_nothing() -> None:
     payload = patched(codec.encode(random_values(10), BASE), 12, struct.pack("<Q", 2**40))
     tracemalloc.start()

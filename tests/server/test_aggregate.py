@@ -2,7 +2,7 @@
 
 import tracemalloc
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common import codec
 from common.errors import ConfigError, ProtocolError, RejectReason, StateError
-from server.aggregate import aggregate, validate_update
+from server.aggregate import aggregate
 
 Floats = npt.NDArray[np.float32]
 
@@ -137,32 +137,3 @@ def test_what_cannot_be_aggregated_is_refused() -> None:
     with pytest.raises(ProtocolError, match="node 1") as caught:
         aggregate([reader], [1], count=10, base="bb" * 32)
     assert caught.value.reason is RejectReason.FOREIGN_BASE
-
-
-# --- validation ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_validation_returns_the_norm(chunk: int) -> None:
-    (values,) = drawn(1, 900)
-    payload = codec.encode(values, BASE, bits=32)
-    norm = validate_update(payload, base=BASE, count=900, chunk=chunk)
-    assert norm == pytest.approx(float(np.linalg.norm(values.astype(np.float64))))
-
-
-def test_validation_refuses_with_the_reason() -> None:
-    payload = codec.encode(drawn(1, 900)[0], BASE)
-    poisoned = payload.copy()
-    poisoned[codec.HEADER_BYTES : codec.HEADER_BYTES + 4] = 0xFF
-    cases: list[tuple[codec.Bytes, dict[str, Any], RejectReason]] = [
-        (payload, {"base": "bb" * 32}, RejectReason.FOREIGN_BASE),
-        (payload, {"count": 901}, RejectReason.SHAPE),
-        (payload, {"max_norm": 1.0}, RejectReason.OVERSIZED),
-        (payload[:-1], {}, RejectReason.MALFORMED),
-        (poisoned, {}, RejectReason.NOT_FINITE),
-    ]
-    for data, changes, reason in cases:
-        arguments: dict[str, Any] = {"base": BASE, "count": 900, **changes}
-        with pytest.raises(ProtocolError) as caught:
-            validate_update(data, **arguments)
-        assert caught.value.reason is reason

@@ -51,6 +51,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (server.spool, "append", 2),
         (server.spool, "append", 4),
         (server.models, "write_atomically", 3),
+        (server.models, "write_atomically", 4),
+        (server.models, "write_atomically", 5),
     ],
 )
 def test_a_run_goes_on_when_the_servers_disk_has_room_again(
@@ -76,8 +78,9 @@ def test_a_run_goes_on_when_the_servers_disk_has_room_again(
 
 
 @pytest.mark.parametrize("damage", [b"", b"half a candidate", None])
-def test_a_candidate_that_a_power_cut_took_costs_one_round(
-    tmp_path: Path, calm: list[str], damage: bytes | None
+@pytest.mark.parametrize("replies", ["kept", "lost"])
+def test_a_candidate_that_did_not_reach_the_disk_is_made_again_from_the_replies(
+    tmp_path: Path, calm: list[str], damage: bytes | None, replies: str
 ) -> None:
     lab = Lab(tmp_path, prune_heads=0.4)
 
@@ -93,8 +96,12 @@ def test_a_candidate_that_a_power_cut_took_costs_one_round(
         candidate = Path(store.candidates(1)[1].path)
         masks = len(store.masks(1))
     candidate.unlink() if damage is None else candidate.write_bytes(damage)
-    lab.run()
+    if replies == "lost":
+        (lab.server_dir / "spool" / "1" / "1.replies").write_bytes(b"")
+    aligned = [request for _, request in lab.run().requests if isinstance(request, AlignRequest)]
+    assert len([request for request in aligned if request.round == 1]) == 3 * (replies == "lost")
     assert digests(lab, 1) == calm
+    assert not list((lab.server_dir / "spool").iterdir())
     with lab.store() as store:
         attempts = [row.attempt for row in store.rounds(1) if row.kind == "align"]
         assert attempts[0] == 2
