@@ -53,7 +53,10 @@ class Moments:
 def prune(
     model: VisionTransformer, spec: ModelSpec, keep: Keep
 ) -> tuple[VisionTransformer, ModelSpec]:
-    """A new, smaller backbone in eval mode; ``model`` stays as it is and shares no memory.
+    """A new, smaller backbone in eval mode; ``model`` stays as it is.
+
+    Weights that keep all their units are shared with ``model``: a cut of some heads leaves two
+    thirds of a backbone where it was. Change one of the two in place only when the other is gone.
 
     Args:
         model: built from ``spec``; any dtype and device, which the result keeps.
@@ -70,11 +73,11 @@ def prune(
     cuts = _cuts(spec, keep)
     state = {}
     for name, tensor in model.state_dict().items():
-        if name in cuts:
-            dim, index = cuts[name]
+        dim, index = cuts.get(name, (0, None))
+        if index is not None and len(index) < tensor.shape[dim]:
             state[name] = tensor.index_select(dim, index.to(tensor.device))
-        else:
-            state[name] = tensor.clone()
+        else:  # a bias is cloned: compensation changes it
+            state[name] = tensor.clone() if tensor.ndim == 1 else tensor
     with torch.device("meta"):  # no random initialisation: fast, and no draw from the global RNG
         pruned = build(smaller)
     pruned.load_state_dict(state, assign=True)

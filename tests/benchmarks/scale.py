@@ -25,10 +25,9 @@ import numpy as np
 import server.close
 from common import backbone, codec
 from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
-from common.messages import AlignReply, EvaluateReply, EvaluateRequest, Reply, Request
+from common.messages import AlignReply, AlignRequest, EvaluateReply, EvaluateRequest, Reply, Request
 from common.scores import encode_neurons
 from common.spec import ModelSpec
-from server.models import Models
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
 from tests.benchmarks.cells import Cells, unfinished
@@ -62,18 +61,19 @@ class Stopwatch:
 class Answers:
     """Random replies of the right shape."""
 
-    def __init__(self, models: Models, trainable: str) -> None:
-        self._models, self._trainable = models, trainable
+    def __init__(self, trainable: str) -> None:
+        self._trainable = trainable
         self._shapes: dict[str, tuple[ModelSpec, int]] = {}
         self._rng = np.random.default_rng(0)
 
-    def _shape(self, base: str, mask: str) -> tuple[ModelSpec, int]:
-        """Spec and numbers of an update under this mask."""
-        if mask not in self._shapes:
-            model, spec = self._models.load(base)
+    def _shape(self, request: AlignRequest) -> tuple[ModelSpec, int]:
+        """Spec and numbers of an update under a mask; its first request carries the backbone."""
+        if request.mask not in self._shapes:
+            assert request.body is not None
+            model, spec = backbone.unpack(request.body.tobytes())
             names = backbone.trainable_names(model, self._trainable)
-            self._shapes[mask] = spec, codec.layout_of(model, names).count
-        return self._shapes[mask]
+            self._shapes[request.mask] = spec, codec.layout_of(model, names).count
+        return self._shapes[request.mask]
 
     def __call__(self, node: int, farm: SimFarm, request: Request) -> Reply:
         """A reply to any request."""
@@ -86,8 +86,8 @@ class Answers:
         }
         if isinstance(request, EvaluateRequest):
             return EvaluateReply(**request.identity(), **done, label=request.label)
-        assert request.kind == "align"
-        spec, count = self._shape(request.base, request.mask)
+        assert isinstance(request, AlignRequest)
+        spec, count = self._shape(request)
         values = self._rng.standard_normal(count, dtype=np.float32)
         scores: dict[str, Any] = {}
         if request.score:
@@ -121,7 +121,7 @@ def measure(folder: Path) -> dict[str, Any]:
     settings = folder / "run.json"
     settings.write_text(RunSettings(config=config, probe=False).model_dump_json())
     watch, clock, rng = Stopwatch(), SimClock(), np.random.default_rng(1)
-    answers = Answers(Models(folder), config.train.trainable)
+    answers = Answers(config.train.trainable)
     farms = [SimFarm(f"farm{i}", float(rng.uniform(40, 200))) for i in range(REGISTERED)]
     link = SimLink(clock, farms, answers)
     for method in ("online", "send", "poll"):

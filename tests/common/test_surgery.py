@@ -1,6 +1,7 @@
 """Cutting equals masking, on every kind of backbone; compensation never makes a layer worse."""
 
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -120,11 +121,12 @@ def test_original_and_random_state_are_untouched() -> None:
     model = drawn_model(SPEC)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    pruned, _ = prune(model, SPEC, random_keep(SPEC, 1))
+    keep = random_keep(SPEC, 1)
+    pruned, _ = prune(model, SPEC, keep)
     assert torch.equal(torch.get_rng_state(), state)
-    with torch.no_grad():
-        for parameter in pruned.parameters():
-            parameter.zero_()
+    moments = collect_moments(model, [images(SPEC)])
+    for method in get_args(Method):
+        prune_compensated(model, SPEC, keep, moments, method)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not pruned.training
     assert all(parameter.requires_grad for parameter in pruned.parameters())
