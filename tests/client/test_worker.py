@@ -48,7 +48,7 @@ def test_arrays_come_through_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(signal.SIGKILL, "memory is full"), (signal.SIGSEGV, "by SIGSEGV")]
+    ("number", "said"), [(signal.SIGKILL, "memory is full"), (signal.SIGTERM, "by SIGTERM")]
 )
 def test_a_killed_worker_is_told(number: signal.Signals, said: str) -> None:
     def work() -> HelloReply:

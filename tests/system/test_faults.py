@@ -14,7 +14,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = {"rounds": {"attempt_seconds": 12, "attempts": 8, "deadline_seconds": 240}}
+SETTINGS = {"rounds": {"attempt_seconds": 6, "attempts": 30, "deadline_seconds": 240}}
 
 
 @dataclass
