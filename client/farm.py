@@ -170,8 +170,7 @@ class Farm:
         scores = self._score(request, base, classifier, anchors)
         aligned = self._learn(request, base, classifier, anchors)
         layout = codec.layout_of(base.model, list(aligned.delta))
-        bits = request.train.update_bits
-        update = codec.encode(layout.flatten(aligned.delta), request.base, bits=bits)
+        update = self._encode(request, layout.flatten(aligned.delta))
         log.info(
             "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
@@ -192,6 +191,13 @@ class Farm:
             head_mmd2=scores.head_mmd2 if scores else None,
             neuron_importance=encode_neurons(scores.neuron_importance) if scores else None,
         )
+
+    def _encode(self, request: AlignRequest, delta: codec.Floats) -> codec.Bytes:
+        """Few bits are rounded at random, so that small changes count on average."""
+        bits = request.train.update_bits
+        seed = self._seed(request, request.round)
+        rng = np.random.default_rng(seed) if bits < codec.DEFAULT_BITS else None
+        return codec.encode(delta, request.base, bits=bits, rng=rng)
 
     def _score(
         self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None

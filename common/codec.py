@@ -6,22 +6,19 @@ every machine in the field is; a big-endian one converts.
     offset  bytes  field     why it is there
     0       4      magic     b"FFUP": bytes that are something else are told apart at once
     4       2      version   uint16, now 1: another version is refused by name, never guessed at
-    6       1      bits      uint8, 8 or 32 per number
+    6       1      bits      uint8, 2, 4, 8 or 32 per number
     7       1      reserved  0: one value has one encoding, so that digests of payloads agree
-    8       4      block     uint32, 1..65536: numbers that share one scale; bounds every slice
+    8       4      block     uint32, 1..65536: numbers that share one scale; bounds every slice;
+                             a whole number of bytes
     12      8      count     uint64, n: checked against the layout before anything is allocated
     20      32     base      sha256 of the backbone the change is added to: a change of another
                              backbone has the same shape and would be wrong silently
     52      4*k    scales    float32, finite, >= 0; absent with bits=32
-    ...     n      values    int8 in -127..127 (-128 is refused: the code is symmetric), or 4*n
-                             bytes of float32 with bits=32
+    ...            values    codes as common/quantise.py packs them, ceil(n * bits / 8) bytes, or
+                             4*n bytes of float32 with bits=32
 
 The scales come before the values so that numbers [start, stop) are found by arithmetic alone:
 an aggregate reads a slice of each reply and never a whole one.
-
-With 8 bits a number x of a block with scale s = max|x| / 127, rounded up to float32, is sent as
-q = round half to even(x / s) and read as fp32(q * s): at most s / 2 away, up to one fp32 rounding.
-Rounding s up keeps |q| <= 127 without clipping, in blocks of subnormal numbers too.
 
 The canonical candidate is what the decoder yields: numbers are dequantised to fp32 and stored,
 and only then added. A fused multiply-add would round once instead of twice, on some processors
@@ -38,12 +35,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from common import quantise
 from common.errors import ModelError, ProtocolError, RejectReason
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Read: TypeAlias = Callable[[int, int], bytes]
 
+Bits: TypeAlias = Literal[2, 4, 8, 32]
+
+BITS: tuple[Bits, ...] = (2, 4, 8, 32)
+DEFAULT_BITS: Bits = 8
+"""Enough to round to the nearest; fewer need stochastic rounding."""
 MAGIC = b"FFUP"
 VERSION = 1
 HEADER_BYTES = 52
@@ -51,10 +54,7 @@ MAX_BLOCK = 65536
 
 _HEADER = struct.Struct("<4sHBBIQ32s")
 _FLOAT = np.dtype("<f4")
-_LEVELS = 127
 _CHECKED_AT_ONCE = 1 << 20
-# The largest scale whose 127-fold is still finite: the decoder yields finite numbers or refuses.
-_MAX_SCALE = np.nextafter(np.float32(np.finfo(np.float32).max / _LEVELS), np.float32(0))
 
 
 # --- layout --------------------------------------------------------------------------------------
@@ -150,14 +150,22 @@ def apply(model: nn.Module, layout: Layout, flat: Floats) -> None:
 # --- encode --------------------------------------------------------------------------------------
 
 
-def encode(values: Floats, base: str, *, bits: Literal[8, 32] = 8, block: int = 256) -> Bytes:
+def encode(
+    values: Floats,
+    base: str,
+    *,
+    bits: Bits = DEFAULT_BITS,
+    block: int = 256,
+    rng: np.random.Generator | None = None,
+) -> Bytes:
     """Code the change of a backbone.
 
     Args:
         values: fp32 (n,), finite.
         base: digest of the backbone the change is added to, 64 hex digits.
-        bits: 8: block-quantised; 32: exact.
+        bits: 2, 4, 8: block-quantised; 32: exact.
         block: numbers that share one scale.
+        rng: for stochastic rounding; None rounds to the nearest.
 
     Returns:
         uint8 (m,).
@@ -167,7 +175,7 @@ def encode(values: Floats, base: str, *, bits: Literal[8, 32] = 8, block: int = 
     """
     if values.ndim != 1 or values.dtype != np.float32:
         raise ProtocolError("only a one-dimensional fp32 array can be coded", RejectReason.SHAPE)
-    if bits not in (8, 32) or not 1 <= block <= MAX_BLOCK:
+    if not _possible(bits, block):
         raise ProtocolError(f"no update coding with {bits} bits in blocks of {block}")
     if not np.isfinite(values).all():
         raise ProtocolError("an update holds NaN or infinity", RejectReason.NOT_FINITE)
@@ -175,9 +183,14 @@ def encode(values: Floats, base: str, *, bits: Literal[8, 32] = 8, block: int = 
     if bits == 32:
         body = values.astype(_FLOAT).tobytes()
     else:
-        scales, quantised = _quantise(values, block)
-        body = scales.astype(_FLOAT).tobytes() + quantised.tobytes()
+        scales, codes = quantise.quantise(values, block, bits, rng)
+        body = scales.astype(_FLOAT).tobytes() + quantise.pack(codes, bits)
     return np.frombuffer(header + body, dtype=np.uint8)
+
+
+def _possible(bits: int, block: int) -> bool:
+    """Whether there is a coding of so many bits whose blocks are whole bytes."""
+    return bits in BITS and 1 <= block <= MAX_BLOCK and block * bits % 8 == 0
 
 
 def _raw_digest(base: str) -> bytes:
@@ -188,21 +201,6 @@ def _raw_digest(base: str) -> bytes:
     if len(raw) != 32 or len(base) != 64:
         raise ProtocolError(f"a base digest is 64 hex digits, not '{base[:80]}'")
     return raw
-
-
-def _quantise(values: Floats, block: int) -> tuple[Floats, npt.NDArray[np.int8]]:
-    """Scales fp32 (k,) and int8 (n,)."""
-    blocks = -(-values.size // block)
-    padded = np.zeros((blocks, block), dtype=np.float32)
-    padded.reshape(-1)[: values.size] = values
-    exact = np.abs(padded).max(axis=1, initial=0).astype(np.float64) / _LEVELS
-    scales = exact.astype(np.float32)
-    scales = np.where(scales < exact, np.nextafter(scales, np.float32(np.inf)), scales)
-    scales = np.minimum(scales, _MAX_SCALE)
-    padded /= np.where(scales == 0, np.float32(1), scales)[:, None]
-    # Only blocks at the very end of the fp32 range, whose scale was bounded, need the clip.
-    np.clip(np.rint(padded, out=padded), -_LEVELS, _LEVELS, out=padded)
-    return scales, padded.astype(np.int8).reshape(-1)[: values.size]
 
 
 # --- decode --------------------------------------------------------------------------------------
@@ -225,12 +223,12 @@ class Header:
     @property
     def values_at(self) -> int:
         """Offset of the first value, in bytes."""
-        return HEADER_BYTES + (4 * self.blocks if self.bits == 8 else 0)
+        return HEADER_BYTES + (0 if self.bits == 32 else 4 * self.blocks)
 
     @property
     def payload_bytes(self) -> int:
         """Length of the whole payload, m."""
-        return self.values_at + self.count * self.bits // 8
+        return self.values_at + quantise.packed_bytes(self.count, self.bits)
 
 
 def read_header(payload: Bytes | bytes) -> Header:
@@ -252,7 +250,7 @@ def read_header(payload: Bytes | bytes) -> Header:
             "install the same fieldfed version on both sides",
             RejectReason.PROTOCOL,
         )
-    if bits not in (8, 32) or reserved != 0 or not 1 <= block <= MAX_BLOCK:
+    if reserved != 0 or not _possible(bits, block):
         raise ProtocolError(f"damaged update header: {bits} bits in blocks of {block}")
     return Header(bits, block, count, base.hex())
 
@@ -305,14 +303,15 @@ def check(payload: Bytes | bytes, *, base: str | None, count: int) -> None:
     header = read_header(payload)
     check_header(header, base=base, count=count, size=len(payload))
     read = reader_of(payload)
-    if header.bits == 8 and count:
-        _scales(read, 0, header.blocks)
-    for start in range(0, count, _CHECKED_AT_ONCE):
-        stop = min(start + _CHECKED_AT_ONCE, count)
+    if header.bits != 32 and count:
+        _scales(read, header, 0, header.blocks)
+    at_once = header.block * max(1, _CHECKED_AT_ONCE // header.block)
+    for start in range(0, count, at_once):
+        stop = min(start + at_once, count)
         if header.bits == 32:
             _raw_slice(read, header, start, stop)
         else:
-            _quantised(read, header, start, stop)
+            _codes(read, header, start, stop)
 
 
 def reader_of(payload: Bytes | bytes) -> Read:
@@ -344,9 +343,9 @@ def decode_slice(read: Read, header: Header, start: int, stop: int) -> Floats:
         return _raw_slice(read, header, start, stop)
     first, last = start // header.block, -(-stop // header.block)
     begin, end = first * header.block, min(last * header.block, header.count)
-    scales = _scales(read, first, last)
-    quantised = _quantised(read, header, begin, end)
-    return _dequantise(quantised, scales, header.block)[start - begin : stop - begin]
+    scales = _scales(read, header, first, last)
+    codes = _codes(read, header, begin, end)
+    return quantise.dequantise(codes, scales, header.block)[start - begin : stop - begin]
 
 
 def _raw_slice(read: Read, header: Header, start: int, stop: int) -> Floats:
@@ -357,18 +356,18 @@ def _raw_slice(read: Read, header: Header, start: int, stop: int) -> Floats:
     return values
 
 
-def _quantised(read: Read, header: Header, begin: int, end: int) -> npt.NDArray[np.int8]:
-    data = _read_exactly(read, header.values_at + begin, end - begin)
-    quantised = np.frombuffer(data, dtype=np.int8)
-    if quantised.min() < -_LEVELS:
-        raise ProtocolError(f"the update holds -128, the code is -{_LEVELS}..{_LEVELS}")
-    return quantised
+def _codes(read: Read, header: Header, begin: int, end: int) -> quantise.Codes:
+    """Codes of numbers [begin, end); ``begin`` is the first of its block."""
+    offset = header.values_at + begin * header.bits // 8
+    data = _read_exactly(read, offset, quantise.packed_bytes(end - begin, header.bits))
+    return quantise.unpack(data, header.bits, end - begin)
 
 
-def _scales(read: Read, first: int, last: int) -> Floats:
+def _scales(read: Read, header: Header, first: int, last: int) -> Floats:
     data = _read_exactly(read, HEADER_BYTES + 4 * first, 4 * (last - first))
     scales = np.frombuffer(data, dtype=_FLOAT).astype(np.float32)
-    if not (np.isfinite(scales) & (scales <= _MAX_SCALE)).all():
+    # the decoder yields finite numbers or refuses
+    if not (np.isfinite(scales) & (scales <= quantise.largest_scale(header.bits))).all():
         raise ProtocolError("a scale of the update is not finite", RejectReason.NOT_FINITE)
     if (scales < 0).any():
         raise ProtocolError("a scale of the update is negative")
@@ -380,11 +379,3 @@ def _read_exactly(read: Read, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise ProtocolError(f"the update ends at byte {offset + len(data)}, in the middle")
     return data
-
-
-def _dequantise(quantised: npt.NDArray[np.int8], scales: Floats, block: int) -> Floats:
-    values = quantised.astype(np.float32)
-    whole = values.size // block * block
-    values[:whole].reshape(-1, block)[...] *= scales[: whole // block, None]
-    values[whole:] *= scales[-1]
-    return values

@@ -37,7 +37,9 @@ class TrainConfig(Section):
     dal: Literal["mmd", "coral"] = Field(default="mmd", description="domain alignment loss")
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
-    update_bits: Literal[8, 32] = Field(default=8, description="bits per number of an update")
+    update_bits: Literal[2, 4, 8, 32] = Field(
+        default=8, description="bits per number of a farm's update; the step back has at least 8"
+    )
 
 
 class PlanConfig(Section):

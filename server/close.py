@@ -172,7 +172,8 @@ class RoundCloser:
             rule=rules.aggregation,
             liars=rules.liars,
         )
-        step = codec.encode(merged, base, bits=train.update_bits)
+        # a mean of many updates is finer than each of them
+        step = codec.encode(merged, base, bits=max(train.update_bits, codec.DEFAULT_BITS))
         codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
         return step
 

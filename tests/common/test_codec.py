@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from common import codec
+from common import codec, quantise
 from common.errors import ModelError, ProtocolError, RejectReason
+from common.quantise import FewBits
 
 Floats = npt.NDArray[np.float32]
 
@@ -49,6 +50,51 @@ def test_eight_bits_round_trip_within_half_a_scale(values: Floats, block: int) -
     # one rounding to fp32 in the quotient and one in the product, on top of half a step
     slack = np.abs(values.astype(np.float64)) * 2.0**-22
     assert (np.abs(decoded.astype(np.float64) - values) <= scale / 2 + slack).all()
+
+
+@given(FLOATS, st.sampled_from([4, 64, 256, 1000]), st.sampled_from([2, 4, 8]), st.booleans())
+def test_few_bits_round_trip_within_half_a_scale_or_a_whole_one(
+    values: Floats, block: int, bits: FewBits, stochastic: bool
+) -> None:
+    rng = np.random.default_rng(1) if stochastic else None
+    payload = codec.encode(values, BASE, bits=bits, block=block, rng=rng)
+    assert payload.size == codec.read_header(payload).payload_bytes
+    decoded = codec.decode(payload, base=BASE, count=values.size)
+    codec.check(payload, base=BASE, count=values.size)
+    scale = np.repeat(scales_of(payload), block)[: values.size].astype(np.float64)
+    slack = np.abs(values.astype(np.float64)) * 2.0**-22
+    limit = scale * (1.0 if stochastic else 0.5) + slack
+    assert (np.abs(decoded.astype(np.float64) - values) <= limit).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_stochastic_rounding_is_right_on_average(bits: FewBits) -> None:
+    values = random_values(64)
+    rng, draws = np.random.default_rng(0), 4000
+    total = np.zeros(64)
+    for _ in range(draws):
+        payload = codec.encode(values, BASE, bits=bits, block=64, rng=rng)
+        total += codec.decode(payload, base=BASE, count=64)
+    # the standard deviation of one draw is at most half a scale; five of the mean's
+    slack = 5 * 0.5 * float(scales_of(payload)[0]) / draws**0.5
+    np.testing.assert_allclose(total / draws, values, atol=slack, rtol=0)
+
+
+def test_the_same_generator_gives_the_same_bytes() -> None:
+    first, again, other = (
+        codec.encode(random_values(900), BASE, bits=4, rng=np.random.default_rng(seed)).tobytes()
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@given(st.sampled_from([2, 4, 8]), st.integers(0, 70), st.integers(0, 2**32))
+def test_packed_codes_come_back(bits: FewBits, count: int, seed: int) -> None:
+    top = quantise.levels(bits)
+    codes = np.random.default_rng(seed).integers(-top, top + 1, count).astype(np.int8)
+    data = quantise.pack(codes, bits)
+    assert len(data) == quantise.packed_bytes(count, bits)
+    np.testing.assert_array_equal(quantise.unpack(data, bits, count), codes)
 
 
 @given(FLOATS, BLOCKS)
@@ -99,6 +145,30 @@ def test_golden_eight_bits() -> None:
     assert decoded.tolist() == [127, 0, 2, 2, -2, -127, 0, 0, 63.5]
 
 
+def test_golden_four_and_two_bits() -> None:
+    """Scales 1.0 and 0.5; codes 7 -3 2 0 | 0 -7, and 1 -1 0 1 | 1: the first in the low bits."""
+    values = np.array([7, -3.2, 2.5, 0.5, 0, -3.5], np.float32)
+    payload = codec.encode(values, BASE, bits=4, block=4)
+    head = "4646555001000400040000000600000000000000" + BASE
+    assert payload.tobytes().hex() == head + "0000803f0000003f" + "d70290"
+    assert codec.decode(payload, base=BASE, count=6).tolist() == [7, -3, 2, 0, 0, -3.5]
+    values = np.array([1, -1, 0.25, 0.75, 0.5], np.float32)
+    payload = codec.encode(values, BASE, bits=2, block=4)
+    head = "4646555001000200040000000500000000000000" + BASE
+    assert payload.tobytes().hex() == head + "0000803f0000003f" + "4d01"
+    assert codec.decode(payload, base=BASE, count=5).tolist() == [1, -1, 0, 1, 0.5]
+
+
+@pytest.mark.parametrize(("bits", "last"), [(4, 0x18), (4, 0x20), (2, 0x02), (2, 0x05)])
+def test_impossible_codes_and_stray_bits_are_refused(bits: FewBits, last: int) -> None:
+    count = 1 + 8 // bits  # the last byte holds one code
+    payload = codec.encode(np.ones(count, np.float32), BASE, bits=bits, block=4).copy()
+    payload[-1] = last
+    for look in (codec.decode, codec.check):
+        with pytest.raises(ProtocolError, match=r"behind its last|the code is"):
+            look(payload, base=BASE, count=count)
+
+
 def test_golden_thirty_two_bits() -> None:
     values = np.array([1.0, -2.5], np.float32)
     assert codec.encode(values, BASE, bits=32, block=4).tobytes().hex() == GOLDEN_32
@@ -127,12 +197,13 @@ def test_the_header_says_what_was_coded() -> None:
 @given(
     arrays(np.float32, st.integers(1, 600), elements=SMALL),
     BLOCKS,
-    st.sampled_from([8, 32]),
+    st.sampled_from(codec.BITS),
     st.data(),
 )
 def test_slices_equal_the_whole(
-    values: Floats, block: int, bits: Literal[8, 32], data: st.DataObject
+    values: Floats, block: int, bits: codec.Bits, data: st.DataObject
 ) -> None:
+    block *= 8 // min(bits, 8)  # whole bytes
     payload = codec.encode(values, BASE, bits=bits, block=block)
     whole = codec.decode(payload, base=BASE, count=values.size)
     start = data.draw(st.integers(0, values.size))
@@ -242,9 +313,11 @@ def test_the_encoder_refuses_other_shapes_and_types() -> None:
         with pytest.raises(ProtocolError):
             codec.encode(values, BASE)  # type: ignore[arg-type]
     with pytest.raises(ProtocolError):
-        codec.encode(random_values(4), BASE, bits=4)  # type: ignore[arg-type]
+        codec.encode(random_values(4), BASE, bits=3)  # type: ignore[arg-type]
     with pytest.raises(ProtocolError):
         codec.encode(random_values(4), BASE, block=0)
+    with pytest.raises(ProtocolError, match="4 bits in blocks of 3"):
+        codec.encode(random_values(4), BASE, bits=4, block=3)
 
 
 @given(st.binary(max_size=200), st.integers(0, 200))
@@ -254,11 +327,14 @@ def test_random_bytes_raise_nothing_but_protocol_errors(data: bytes, count: int)
             codec.decode(payload, base=None, count=count)
 
 
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
+    st.sampled_from(codec.BITS),
+)
 def test_mutated_bytes_decode_to_finite_numbers_or_raise(
-    changes: list[tuple[int, int]], exact: bool
+    changes: list[tuple[int, int]], bits: codec.Bits
 ) -> None:
-    payload = codec.encode(random_values(300), BASE, bits=32 if exact else 8, block=64).copy()
+    payload = codec.encode(random_values(300), BASE, bits=bits, block=64).copy()
     for place, value in changes:
         payload[place % payload.size] = value
     with contextlib.suppress(ProtocolError):
@@ -267,20 +343,20 @@ def test_mutated_bytes_decode_to_finite_numbers_or_raise(
 
 @given(
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
-    st.booleans(),
+    st.sampled_from(codec.BITS),
     st.integers(-2, 2),
 )
 def test_a_check_refuses_what_the_decoder_refuses_and_nothing_else(
-    changes: list[tuple[int, int]], exact: bool, cut: int
+    changes: list[tuple[int, int]], bits: codec.Bits, cut: int
 ) -> None:
-    payload = codec.encode(random_values(300), BASE, bits=32 if exact else 8, block=64).copy()
+    payload = codec.encode(random_values(301), BASE, bits=bits, block=64).copy()
     for place, value in changes:
         payload[place % payload.size] = value
     payload = payload[: len(payload) - cut] if cut >= 0 else np.append(payload, payload[:1])
     reasons: list[RejectReason | None] = []
     for look in (codec.decode, codec.check):
         try:
-            look(payload, base=BASE, count=300)
+            look(payload, base=BASE, count=301)
             reasons.append(None)
         except ProtocolError as error:
             reasons.append(error.reason)

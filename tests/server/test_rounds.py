@@ -145,6 +145,20 @@ def test_other_settings_reach_the_end(
     assert outcome(lab).masks
 
 
+def test_farms_send_few_bits_and_get_more_back(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=1, settings={"train": {"update_bits": 4}})
+    sent: list[int] = []
+
+    def look(_node: int, _request: Request, reply: Reply) -> None:
+        if isinstance(reply, AlignReply):
+            sent.append(codec.read_header(reply.update).bits)
+
+    lab.run(fault=look)
+    steps = [path.read_bytes() for path in (lab.server_dir / "models").glob("*.delta")]
+    assert sent == [4, 4, 4]
+    assert [codec.read_header(step).bits for step in steps] == [8]
+
+
 def _nan(reply: AlignReply) -> Reply:
     update = reply.update.copy()
     update[-64:] = 255  # the last fp32 numbers become NaN
