@@ -49,6 +49,7 @@ from common.messages import (
 )
 from common.scores import encode_neurons
 from common.spec import ModelSpec
+from common.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ class Farm:
         if request.body_kind == "full":
             model, spec = backbone.unpack(request.body.tobytes())
         else:
-            model, spec = self._add_delta(request, request.body)
+            model, spec = self._step(request.body_from or "", request.body)
         if backbone.digest(model, spec) != request.base:
             raise MissingBaseError(
                 f"{self.name}: the {request.body_kind} body does not yield {request.base[:12]}"
@@ -280,19 +281,14 @@ class Farm:
         self._state.save_backbone(request.base, model, spec)
         return Base(model, spec, request.base)
 
-    def _add_delta(
-        self, request: Work, body: np.ndarray[tuple[int], np.dtype[np.uint8]]
-    ) -> tuple[VisionTransformer, ModelSpec]:
-        parent = request.body_from or ""
+    def _step(self, parent: str, body: codec.Bytes) -> tuple[VisionTransformer, ModelSpec]:
         held = self._state.load_backbone(parent) if parent else None
         if held is None:
             raise MissingBaseError(f"{self.name} does not hold backbone {parent[:12]}")
-        model, spec = held
-        assert isinstance(request, AlignRequest | EvaluateRequest)
-        names = backbone.trainable_names(model, request.train.trainable)
-        layout = codec.layout_of(model, names)
-        codec.apply(model, layout, codec.decode(body, base=parent, count=layout.count))
-        return model, spec
+        step = Step.from_bytes(body)
+        if step.base != parent:
+            raise ProtocolError(f"a step from {step.base[:12]} came as one from {parent[:12]}")
+        return step.apply(*held)
 
     def _refit(self, base: Base, keep: bool = True, autocast: bool | None = None) -> nn.Linear:
         """The private classifier, fitted to the features of this backbone on the fit part."""

@@ -60,8 +60,8 @@ class Work(Message):
     base: Digest = Field(description="the backbone to stand on after the body is applied")
     mask: Digest = Field(description="the mask that backbone carries")
     body_kind: Literal["none", "delta", "full"] = "none"
-    body_from: Digest | None = Field(default=None, description="the base a delta is added to")
-    body: Bytes | None = Field(default=None, description="coded delta, or a packed backbone")
+    body_from: Digest | None = Field(default=None, description="the base a step is added to")
+    body: Bytes | None = Field(default=None, description="a step, or a packed backbone")
 
     def identity(self) -> dict[str, Any]:
         """What a reply repeats, so that it can be matched to this request."""

@@ -19,7 +19,8 @@ from common.config import ServerConfig
 from common.mask import Budget, Mask, choose_mask
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
-from common.surgery import collect_moments, prune_compensated
+from common.step import Cut, Step
+from common.surgery import collect_moments, prune, prune_compensated
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
@@ -87,16 +88,17 @@ class RoundCloser:
         replies = self._store.replies(run, number)
         readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(base.digest)
-        step = self._step(replies, readers, model, base.digest)
+        update, cut = self._update(replies, readers, model, base.digest), None
         farms = self._score(run, replies, readers, spec) if work.scored else {}
         agreed = self._agree(replies, farms)
         mask = base.mask
         if budget is not None and agreed is not None:
             mask = self._choose(run, agreed, base.mask, budget)
         if mask != base.mask:
-            model, spec, digest = self._cut(model, spec, base.mask, mask)
-        else:
-            digest = self._models.save(model, spec, step)
+            model, spec, cut = self._cut(model, spec, base, mask)
+        digest = self._models.save(model, spec, Step(update, cut).to_bytes())
+        if mask != base.mask:
+            log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
         candidate = self._candidate(model, spec, digest, base.digest, mask)
         scores = self._rows(agreed, farms, replies, base.mask)
         self._commit(run, number, candidate, mask, replies, scores, verdict)
@@ -123,10 +125,7 @@ class RoundCloser:
         scores: Sequence[ScoreRow],
         verdict: VerdictRow | None,
     ) -> None:
-        """Put the end of a round on record, and let the replies of earlier ones go.
-
-        Its own stay until the next commit: by then its candidate is on disk.
-        """
+        """Put the end of a round on record, and let its spooled replies go."""
         judged = list(accuracies(replies).values())
         self._store.commit_round(
             run,
@@ -139,7 +138,7 @@ class RoundCloser:
             mean_accuracy=float(np.mean(judged)) if judged else None,
             verdict=verdict,
         )
-        self._spool.discard(run, before=number)
+        self._spool.discard_round(run, number)
 
     def _candidate(
         self, model: VisionTransformer, spec: ModelSpec, digest: str, parent: str, mask: Mask
@@ -154,14 +153,14 @@ class RoundCloser:
             path=str(self._models.path(digest)),
         )
 
-    def _step(
+    def _update(
         self,
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
         model: VisionTransformer,
         base: str,
     ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """The aggregated, coded step, applied to ``model`` as every farm will apply it."""
+        """The aggregated, coded update, applied to ``model`` as every farm will apply it."""
         train, rules = self._config.train, self._config.rounds
         layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
         merged = aggregate(
@@ -173,9 +172,9 @@ class RoundCloser:
             liars=rules.liars,
         )
         # a mean of many updates is finer than each of them
-        step = codec.encode(merged, base, bits=max(train.update_bits, codec.DEFAULT_BITS))
-        codec.apply(model, layout, codec.decode(step, base=base, count=layout.count))
-        return step
+        update = codec.encode(merged, base, bits=max(train.update_bits, codec.DEFAULT_BITS))
+        codec.apply(model, layout, codec.decode(update, base=base, count=layout.count))
+        return update
 
     def _freshness(self, row: ReplyRow) -> float:
         """Weight of a reply by its age (FedAsync, Xie et al., 2019): (1 + rounds late)^-a."""
@@ -250,18 +249,20 @@ class RoundCloser:
     # --- prune event -----------------------------------------------------------------------
 
     def _cut(
-        self, model: VisionTransformer, spec: ModelSpec, before: Mask, after: Mask
-    ) -> tuple[VisionTransformer, ModelSpec, str]:
-        keep = after.keep_in(before)
+        self, model: VisionTransformer, spec: ModelSpec, base: Base, after: Mask
+    ) -> tuple[VisionTransformer, ModelSpec, Cut]:
+        """What is left of ``model``, compensated as every farm will compensate it."""
+        keep = after.keep_in(base.mask)
         method = self._config.plan.compensation if self._source else "none"
         moments = None
         if self._source is not None and method != "none":
             moments = collect_moments(model, self._source(spec))
-        pruned, pruned_spec = prune_compensated(model, spec, keep, moments, method)
+        compensated, _ = prune_compensated(model, spec, keep, moments, method)
+        pruned, pruned_spec = prune(model, spec, keep)
+        cut = Cut.between(pruned, compensated, keep, base.digest)
+        cut.compensate(pruned)
         if self._source is not None:
             seed, coral = self._config.seed, self._config.train.dal == "coral"
             anchors = compute_anchors(pruned, self._source(pruned_spec), seed, coral)
             self._models.save_anchors(after.digest, anchors)
-        digest = self._models.save(pruned, pruned_spec)
-        log.info("pruned to %.0f %% of heads: %s", 100 * after.heads_kept_ratio, digest[:12])
-        return pruned, pruned_spec, digest
+        return pruned, pruned_spec, cut

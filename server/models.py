@@ -1,13 +1,12 @@
 """Backbones of the server on disk: candidates by digest, their deltas, anchors by mask.
 
 models/DIGEST.safetensors    a candidate, whole
-models/DIGEST.delta          the coded step that leads to it from its parent (its base)
+models/DIGEST.delta          the step that leads to it from its parent (common/step.py)
 anchors/MASK.safetensors     the anchors that belong to a mask
 
 Where there is a step it is what counts: it is kilobytes, and on disk before the round commits. The
 whole candidate is written beside the next round; should a crash come first, or a power cut damage
-it, it is made again from its parent and the step. A candidate without a step is made again from the
-replies of its round, which are kept until it is on disk.
+it, it is made again from its parent and the step. Only the first candidate of a run has no step.
 """
 
 import logging
@@ -18,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from common import backbone, codec
+from common import backbone
 from common.anchors import Anchors
-from common.errors import DiskError, FieldfedError, StateError
+from common.errors import DiskError, FieldfedError, ProtocolError, StateError
 from common.files import write_atomically
 from common.messages import Array
 from common.spec import ModelSpec
+from common.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -38,51 +38,43 @@ class Models:
         self._models = state_dir / "models"
         self._anchors = state_dir / "anchors"
         self._bodies: dict[Path, Array] = {}
+        self._parents: dict[str, str] = {}
         self._newest: tuple[str, VisionTransformer, ModelSpec] | None = None
         self._writer: threading.Thread | None = None
-        self._failed: DiskError | None = None
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
         return self._models / f"{digest}.safetensors"
 
     def save(self, model: VisionTransformer, spec: ModelSpec, step: Array | None = None) -> str:
-        """Keep a candidate and, when it has one, the coded step from its parent.
+        """Keep a candidate and, when it has one, the step from its parent.
 
         ``model`` stays in memory: it must not be changed after that.
         """
         digest = backbone.digest(model, spec)
         path, body = self.path(digest), backbone.pack(model, spec)
         self.settle()
-        if step is not None:
+        if step is None:
+            write_atomically(path, body)
+        else:
             write_atomically(self._step_path(digest), step.tobytes())
-        self._writer = threading.Thread(target=self._write, args=(path, body, step is None))
-        self._writer.start()
+            self._writer = threading.Thread(target=self._write, args=(path, body))
+            self._writer.start()
         self._shared(path, lambda: body)  # the next round's requests may carry it
         self._newest = digest, model, spec
         return digest
 
-    def _write(self, path: Path, body: bytes, alone: bool) -> None:
+    def _write(self, path: Path, body: bytes) -> None:
         try:
-            write_atomically(path, body, durable=alone)
+            write_atomically(path, body, durable=False)
         except DiskError as error:
-            if alone:
-                self._failed = error
-            else:
-                log.error("%s; the candidate can be made again from its step", error)
+            log.error("%s; the candidate can be made again from its step", error)
 
     def settle(self) -> None:
-        """Wait until everything is on disk.
-
-        Raises:
-            DiskError: a candidate that has no step could not be written.
-        """
+        """Wait until everything is on disk."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
 
     def sweep(self) -> None:
         """Remove files half written, of a process that was killed; call it before anything else."""
@@ -112,11 +104,13 @@ class Models:
             log.warning("%s", error)
         if not self._step_path(digest).is_file():
             raise StateError(f"'{self.path(digest)}' is damaged; restore it from a backup")
-        step = np.frombuffer(self._step_path(digest).read_bytes(), np.uint8)
-        model, spec = self._read(self.step_parent(step))
-        _advance(model, step)
+        try:
+            step = Step.from_bytes(np.frombuffer(self._step_path(digest).read_bytes(), np.uint8))
+            model, spec = step.apply(*self._read(step.base))
+        except ProtocolError as error:
+            raise self._damaged(digest) from error
         if backbone.digest(model, spec) != digest:
-            raise StateError(f"'{self._step_path(digest)}' is damaged; restore it from a backup")
+            raise self._damaged(digest)
         log.warning("candidate %s is made again from its step", digest[:12])
         write_atomically(self.path(digest), backbone.pack(model, spec), durable=False)
         return model, spec
@@ -126,7 +120,7 @@ class Models:
         return self._shared(self.path(digest), lambda: backbone.pack(*self.view(digest)))
 
     def step(self, digest: str) -> Array | None:
-        """The coded step that leads to this candidate, or None after a prune event."""
+        """The step that leads to this candidate (common/step.py), or None for a first one."""
         return self._if_kept(self._step_path(digest))
 
     def _step_path(self, digest: str) -> Path:
@@ -144,9 +138,17 @@ class Models:
             self._bodies[path] = np.frombuffer(read(), np.uint8)
         return self._bodies[path]
 
-    def step_parent(self, step: Array) -> str:
-        """The digest of the candidate that a step is added to."""
-        return codec.read_header(step).base
+    def parent(self, digest: str) -> str | None:
+        """The candidate that the step to this one is added to, or None when there is no step."""
+        step = self.step(digest)
+        if step is None:
+            return None
+        if digest not in self._parents:
+            self._parents[digest] = Step.from_bytes(step).base
+        return self._parents[digest]
+
+    def _damaged(self, digest: str) -> StateError:
+        return StateError(f"'{self._step_path(digest)}' is damaged; restore it from a backup")
 
     def save_anchors(self, mask: str, anchors: Anchors) -> None:
         """Keep the anchors of a mask."""
@@ -162,14 +164,3 @@ class Models:
     def anchors(self, mask: str) -> Array | None:
         """The anchors of a mask as bytes, or None when the server has no source images."""
         return self._if_kept(self._anchors / f"{mask}.safetensors")
-
-
-def _advance(model: VisionTransformer, step: Array) -> None:
-    """Add a coded step to a model; its length tells which parameters it is of."""
-    header = codec.read_header(step)
-    for kind in backbone.TRAINABLE_SETS:
-        layout = codec.layout_of(model, backbone.trainable_names(model, kind))
-        if layout.count == header.count:
-            codec.apply(model, layout, codec.decode(step, base=header.base, count=layout.count))
-            return
-    raise StateError(f"a step of {header.count} numbers fits no set of parameters of its parent")

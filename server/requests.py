@@ -70,7 +70,7 @@ class Requests:
         held = self._held.get(node, set())
         if base in held:
             return {"body_kind": "none"}
-        step = self._models.step(base)
-        if step is not None and (parent := self._models.step_parent(step)) in held:
-            return {"body_kind": "delta", "body_from": parent, "body": step}
+        parent = self._models.parent(base)
+        if parent in held:
+            return {"body_kind": "delta", "body_from": parent, "body": self._models.step(base)}
         return {"body_kind": "full", "body": self._models.body(base)}

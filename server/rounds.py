@@ -92,30 +92,13 @@ def start_or_resume(settings: RunSettings, store: Store, models: Models, state_d
     last = store.latest_run()
     if last is not None and last.state == "running" and last.config_json == text:
         log.info("run %d continues", last.run)
-        _reopen_lost_round(last.run, store, models)
         return last.run
     model, spec = backbone.load_backbone(state_dir / "base.safetensors")
     base, mask = models.save(model, spec), Mask.dense(spec)
-    models.settle()
     models.import_anchors(mask.digest, state_dir / "anchors.safetensors")
     run = store.start_run(text, settings.config.seed, base, mask.to_json(), settings.label)
     log.info("run %d starts from backbone %s", run, base[:12])
     return run
-
-
-def _reopen_lost_round(run: int, store: Store, models: Models) -> None:
-    """Take back the last commit if its candidate is not on disk; its replies still are."""
-    last = store.last_committed(run)
-    if last is None:
-        return
-    number, candidate = last
-    try:
-        models.view(candidate.digest)
-    except StateError as error:
-        if candidate.digest == candidate.parent:
-            raise  # an earlier one, restored: to do this round again would not bring it back
-        log.warning("%s; round %d is closed again", error, number)
-        store.reopen_round(run, number)
 
 
 class RoundLoop:
@@ -161,7 +144,6 @@ class RoundLoop:
             with bound(run=self.run):
                 self._play()
                 self._models.settle()
-                self._spool.discard(self.run)
         except DiskError as error:
             log.error("%s; the run goes on when there is room", error)
             raise

@@ -1,4 +1,4 @@
-"""Valid replies on disk until their round has come to its end, so that memory stays bounded.
+"""Valid replies on disk until their round commits, so that memory stays bounded.
 
     RUN/ROUND.replies    the replies of a round one behind the other, each a safetensors file:
                          the coded update and, in score rounds, the scores
@@ -147,13 +147,11 @@ class Spool:
         except (KeyError, ValueError, TypeError) as error:
             raise StateError(f"'{spooled}' is not a spooled reply: {error}") from error
 
-    def discard(self, run: int, before: int | None = None) -> None:
-        """Remove the replies of a run, of rounds ``before`` that one or of all."""
+    def discard_round(self, run: int, number: int) -> None:
+        """Remove the replies of a round; call it once the round is committed."""
         with contextlib.suppress(OSError):  # what cannot be removed is swept at the next start
-            for path in self._file(run, 0).parent.glob(f"*{_SUFFIX}"):
-                if before is None or int(path.stem) < before:
-                    path.unlink(missing_ok=True)
-            self._file(run, 0).parent.rmdir()
+            self._file(run, number).unlink(missing_ok=True)
+            self._file(run, number).parent.rmdir()  # other rounds may be there
 
     def sweep(self, known: Iterable[Path]) -> int:
         """Remove the files in which no known reply lies.

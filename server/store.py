@@ -231,22 +231,6 @@ class Store(Records):
             if verdict is not None:
                 _insert_verdict(db, run, verdict)
 
-    def reopen_round(self, run: int, number: int) -> None:
-        """Take back the newest commit, whose candidate is lost, and all that stands on it."""
-        with self._writing() as db:
-            here = (run, number)
-            db.execute("DELETE FROM scores WHERE run = ? AND round = ?", here)
-            db.execute("DELETE FROM candidates WHERE run = ? AND round = ?", here)
-            db.execute("DELETE FROM verdicts WHERE run = ? AND judged = ?", here)
-            db.execute("DELETE FROM replies WHERE run = ? AND round > ?", here)
-            db.execute("DELETE FROM rounds WHERE run = ? AND round > ? AND kind = 'align'", here)
-            db.execute("DELETE FROM reports WHERE run = ? AND round >= ?", here)
-            db.execute(
-                "UPDATE rounds SET state = 'open', finished = NULL WHERE run = ? AND round = ? "
-                "AND kind = 'align'",
-                here,
-            )
-
     def record_verdict(self, run: int, verdict: VerdictRow) -> None:
         """A verdict that no commit goes with: the last cut was accepted at the end of the run."""
         with self._writing() as db:

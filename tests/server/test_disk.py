@@ -78,9 +78,8 @@ def test_a_run_goes_on_when_the_servers_disk_has_room_again(
 
 
 @pytest.mark.parametrize("damage", [b"", b"half a candidate", None])
-@pytest.mark.parametrize("replies", ["kept", "lost"])
-def test_a_candidate_that_did_not_reach_the_disk_is_made_again_from_the_replies(
-    tmp_path: Path, calm: list[str], damage: bytes | None, replies: str
+def test_a_smaller_model_that_did_not_reach_the_disk_is_made_again_from_its_step(
+    tmp_path: Path, calm: list[str], damage: bytes | None
 ) -> None:
     lab = Lab(tmp_path, prune_heads=0.4)
 
@@ -94,20 +93,10 @@ def test_a_candidate_that_did_not_reach_the_disk_is_made_again_from_the_replies(
         assert digests(lab, 1) == calm[:1]
         assert store.candidates(1)[1].mask != store.run(1).mask, "it was not a prune event"
         candidate = Path(store.candidates(1)[1].path)
-        masks = len(store.masks(1))
     candidate.unlink() if damage is None else candidate.write_bytes(damage)
-    if replies == "lost":
-        (lab.server_dir / "spool" / "1" / "1.replies").write_bytes(b"")
     aligned = [request for _, request in lab.run().requests if isinstance(request, AlignRequest)]
-    assert len([request for request in aligned if request.round == 1]) == 3 * (replies == "lost")
+    assert {request.round for request in aligned} == {2}
     assert digests(lab, 1) == calm
-    assert not list((lab.server_dir / "spool").iterdir())
-    with lab.store() as store:
-        attempts = [row.attempt for row in store.rounds(1) if row.kind == "align"]
-        assert attempts[0] == 2
-        assert [len(store.replies(1, n)) for n in (1, 2)] == [3, 3]
-        assert len(store.scores(1)[1]) == 4, "the scores of three farms and of their consensus"
-        assert len(store.masks(1)) == masks
 
 
 def test_a_full_database_is_told_apart_from_a_damaged_one(tmp_path: Path) -> None:

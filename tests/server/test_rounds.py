@@ -83,6 +83,17 @@ def test_a_farm_is_sent_the_backbone_once_and_then_only_steps(tmp_path: Path) ->
     assert kinds == [(0, "full"), (1, "none"), (2, "delta"), (3, "delta"), (3, "delta")]
 
 
+def test_after_a_prune_event_a_farm_is_sent_what_changed(finished: Lab) -> None:
+    store = finished.store()
+    start, cut = store.run(1), store.candidates(1)[1]
+    assert cut.mask != start.mask, "it was not a prune event"
+    whole, step = Path(cut.path).stat().st_size, Path(cut.path).with_suffix(".delta").stat().st_size
+    sent = {row.round: row.bytes_down for row in store.traffic(1) if row.kind == "align"}
+    store.close()
+    assert step < whole / 2
+    assert sent[2] < len(finished.farms) * whole
+
+
 def test_the_same_seed_gives_the_same_masks_and_accuracies_in_any_order_of_arrival(
     finished: Lab, tmp_path: Path
 ) -> None:

@@ -144,16 +144,13 @@ def test_what_matches_its_digest_but_is_no_reply_is_named(
         spool.open(SpooledReply(path, 0, len(data), hashlib.sha256(data).hexdigest()))
 
 
-def test_earlier_rounds_are_discarded_and_then_the_whole_run(spool: Spool, tmp_path: Path) -> None:
-    for number in (1, 2, 9):
-        spool.put(3, number, 17, reply())
-    kept, other = spool.put(3, 10, 17, reply()), spool.put(2, 1, 17, reply())
-    spool.discard(3, before=10)
-    assert sorted(files_below(tmp_path)) == [other.path, kept.path]
-    spool.discard(3)
-    spool.discard(3)
-    assert files_below(tmp_path) == [other.path]
-    spool.discard(2)
+def test_a_committed_round_is_discarded_alone(spool: Spool, tmp_path: Path) -> None:
+    spool.put(3, 1, 17, reply())
+    kept = spool.put(3, 2, 17, reply())
+    spool.discard_round(3, 1)
+    assert files_below(tmp_path) == [kept.path]
+    spool.discard_round(3, 2)
+    spool.discard_round(3, 2)
     assert list((tmp_path / "spool").iterdir()) == []
 
 

@@ -1,0 +1,167 @@
+"""What leads from one candidate to the next: an update and, at a prune event, a cut.
+
+    ordinary step    a coded update (common/codec.py), the mean of what the farms learned
+    step with a cut  a safetensors file
+
+        update           uint8  the coded update, added first
+        heads, neurons   int32  units that are kept, in the base's coordinates, block behind block
+        change           uint8  coded change of some tensors after the cut, against the same base
+        metadata "cut"          JSON: kept heads and neurons per block, names of these tensors
+
+Kilobytes where the smaller backbone has megabytes: what is not changed is never sent again. The
+candidate is what comes out here, so server and farms reach the same digest.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from timm.models.vision_transformer import VisionTransformer
+
+from common import backbone, codec
+from common.codec import Bytes
+from common.errors import ModelError, ProtocolError, RejectReason
+from common.mask import Indices, Keep
+from common.spec import ModelSpec
+from common.surgery import prune
+
+_Count = Annotated[int, Field(ge=1, le=2**20)]
+_Counts = Annotated[list[_Count], Field(min_length=1, max_length=1024)]
+
+
+class _About(BaseModel):
+    """The metadata of a step with a cut."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    heads: _Counts
+    neurons: _Counts
+    names: Annotated[list[str], Field(max_length=4096)]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Kept units, and the coded change of the named tensors that makes up for the others."""
+
+    keep: Keep
+    names: tuple[str, ...]
+    change: Bytes
+
+    @classmethod
+    def between(
+        cls, plain: VisionTransformer, compensated: VisionTransformer, keep: Keep, base: str
+    ) -> "Cut":
+        """The cut of which ``plain`` is the bare result, coded with 8 bits per changed number."""
+        bare, better = plain.state_dict(), dict(compensated.named_parameters())
+        names = tuple(name for name in sorted(better) if not torch.equal(better[name], bare[name]))
+        flat = np.empty(0, np.float32)
+        if names:
+            layout = codec.layout_of(plain, names)
+            flat = layout.flatten(better) - layout.flatten(bare)
+        return cls(keep, names, codec.encode(flat, base))
+
+    def compensate(self, model: VisionTransformer) -> None:
+        """Add the change to a model that is cut already.
+
+        Raises:
+            ModelError: the model has no such tensor.
+            ProtocolError: the change is damaged.
+        """
+        if self.names:
+            layout = codec.layout_of(model, self.names)
+            codec.apply(model, layout, codec.decode(self.change, base=None, count=layout.count))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A coded update and perhaps a cut; ``base`` is the digest of the candidate it is added to."""
+
+    update: Bytes
+    cut: Cut | None = None
+
+    @property
+    def base(self) -> str:
+        """Digest of the candidate that the step is added to."""
+        return codec.read_header(self.update).base
+
+    def apply(
+        self, model: VisionTransformer, spec: ModelSpec
+    ) -> tuple[VisionTransformer, ModelSpec]:
+        """The next candidate; ``model`` is used up.
+
+        Raises:
+            ProtocolError: the step does not fit the model, or is damaged.
+        """
+        layout = _trained(model, codec.read_header(self.update).count)
+        codec.apply(model, layout, codec.decode(self.update, base=self.base, count=layout.count))
+        if self.cut is None:
+            return model, spec
+        try:
+            smaller, smaller_spec = prune(model, spec, self.cut.keep)
+            self.cut.compensate(smaller)
+        except ModelError as error:
+            raise ProtocolError(f"a cut does not fit: {error}", RejectReason.SHAPE) from error
+        return smaller, smaller_spec
+
+    def to_bytes(self) -> Bytes:
+        """As it is stored and sent."""
+        if self.cut is None:
+            return self.update
+        keep = self.cut.keep
+        about = {
+            "heads": [len(kept) for kept in keep.heads],
+            "neurons": [len(kept) for kept in keep.neurons],
+            "names": list(self.cut.names),
+        }
+        arrays = {
+            "update": self.update,
+            "change": self.cut.change,
+            "heads": np.concatenate(keep.heads).astype("<i4"),
+            "neurons": np.concatenate(keep.neurons).astype("<i4"),
+        }
+        return np.frombuffer(save(arrays, metadata={"cut": json.dumps(about)}), np.uint8)
+
+    @classmethod
+    def from_bytes(cls, data: Bytes) -> "Step":
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            ProtocolError: these bytes are no step.
+        """
+        if bytes(data[: len(codec.MAGIC)]) == codec.MAGIC:
+            return cls(data)
+        try:
+            raw = data.tobytes()
+            length = int.from_bytes(raw[:8], "little")
+            header = json.loads(raw[8 : 8 + length])
+            about = _About.model_validate_json(header["__metadata__"]["cut"])
+            arrays = load(raw)
+            heads, neurons = arrays["heads"], arrays["neurons"]
+            keep = Keep(_split(heads, about.heads), _split(neurons, about.neurons))
+            cut = Cut(keep, tuple(about.names), arrays["change"])
+            return cls(arrays["update"], cut)
+        except (SafetensorError, ValidationError, ValueError, KeyError, TypeError) as error:
+            raise ProtocolError(f"not a step to a candidate: {str(error)[:200]}") from error
+
+
+def _split(flat: Indices, counts: list[int]) -> tuple[Indices, ...]:
+    if flat.ndim != 1 or len(flat) != sum(counts):
+        raise ValueError(f"{flat.shape} kept units, but {sum(counts)} are announced")
+    parts = np.split(flat.astype(np.int64), np.cumsum(counts)[:-1])
+    return tuple(parts)
+
+
+def _trained(model: VisionTransformer, count: int) -> codec.Layout:
+    """The layout of an update of ``count`` numbers, which tell the trainable sets apart."""
+    for kind in backbone.TRAINABLE_SETS:
+        layout = codec.layout_of(model, backbone.trainable_names(model, kind))
+        if layout.count == count:
+            return layout
+    raise ProtocolError(
+        f"{count} numbers are no set of parameters of this backbone", RejectReason.SHAPE
+    )
