@@ -57,8 +57,13 @@ class Cut:
         cls, plain: VisionTransformer, compensated: VisionTransformer, keep: Keep, base: str
     ) -> "Cut":
         """The cut of which ``plain`` is the bare result, coded with 8 bits per changed number."""
-        bare, better = plain.state_dict(), dict(compensated.named_parameters())
-        names = tuple(name for name in sorted(better) if not torch.equal(better[name], bare[name]))
+        bare, better = dict(plain.named_parameters()), dict(compensated.named_parameters())
+        names = tuple(
+            name
+            for name in sorted(better)
+            if better[name].data_ptr() != bare[name].data_ptr()
+            and not torch.equal(better[name], bare[name])
+        )
         flat = np.empty(0, np.float32)
         if names:
             layout = codec.layout_of(plain, names)

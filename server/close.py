@@ -253,12 +253,11 @@ class RoundCloser:
     ) -> tuple[VisionTransformer, ModelSpec, Cut]:
         """What is left of ``model``, compensated as every farm will compensate it."""
         keep = after.keep_in(base.mask)
-        method = self._config.plan.compensation if self._source else "none"
-        moments = None
+        pruned, pruned_spec = prune(model, spec, keep)
+        compensated, method = pruned, self._config.plan.compensation
         if self._source is not None and method != "none":
             moments = collect_moments(model, self._source(spec))
-        compensated, _ = prune_compensated(model, spec, keep, moments, method)
-        pruned, pruned_spec = prune(model, spec, keep)
+            compensated, _ = prune_compensated(model, spec, keep, moments, method)
         cut = Cut.between(pruned, compensated, keep, base.digest)
         cut.compensate(pruned)
         if self._source is not None:

@@ -78,7 +78,7 @@ def test_a_round_without_a_prune_event_costs_kilobytes(messages: list[WireMessag
     replies = [m for m in messages if isinstance(m.message, AlignReply | EvaluateReply)]
     assert max(reply.size for reply in replies) < 8_000
     requests = [m for m in messages if isinstance(m.message, AlignRequest)]
-    assert {m.message.body_kind for m in requests} == {"none", "full"}  # type: ignore[union-attr]
+    assert {m.message.body_kind for m in requests} == {"none", "delta"}  # type: ignore[union-attr]
 
 
 def test_report_and_the_farms_own_evaluation(site: Site) -> None:
