@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from common.files import write_atomically
 from common.spec import ModelSpec
+from common.tensors import header_of
 
 log = logging.getLogger(__name__)
 
@@ -243,8 +244,7 @@ def _stored(tensor: Tensor) -> Tensor:
 def unpack(body: bytes) -> tuple[VisionTransformer, ModelSpec]:
     """Inverse of :func:`pack`; raises ModelError on anything else."""
     try:
-        header_length = int.from_bytes(body[:8], "little")
-        header = json.loads(body[8 : 8 + header_length])
+        header, _ = header_of(body)
         spec = ModelSpec.from_json(header["__metadata__"]["spec"])
         tensors = load_bytes(body)
         with torch.device("meta"):  # no random initialisation, which takes longer than reading

@@ -29,6 +29,7 @@ from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Indices, Keep
 from common.spec import ModelSpec
 from common.surgery import prune
+from common.tensors import header_of
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 _Counts = Annotated[list[_Count], Field(min_length=1, max_length=1024)]
@@ -142,8 +143,7 @@ class Step:
             return cls(data)
         try:
             raw = data.tobytes()
-            length = int.from_bytes(raw[:8], "little")
-            header = json.loads(raw[8 : 8 + length])
+            header, _ = header_of(raw)
             about = _About.model_validate_json(header["__metadata__"]["cut"])
             arrays = load(raw)
             heads, neurons = arrays["heads"], arrays["neurons"]

@@ -1,4 +1,4 @@
-"""Backbones of the server on disk: candidates by digest, their deltas, anchors by mask.
+"""Backbones of the server on disk: candidates by digest, the steps to them, anchors by mask.
 
 models/DIGEST.safetensors    a candidate, whole
 models/DIGEST.delta          the step that leads to it from its parent (common/step.py)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,9 @@ from safetensors.numpy import save
 from common.errors import StateError
 from common.files import append
 from common.messages import AlignReply, Array
+from common.tensors import header_of
 from server.rows import SpooledReply
 
-_MAX_HEADER_BYTES = 1 << 20
 _SUFFIX = ".replies"
 _SCORES = ("head_importance", "head_mmd2", "neuron_importance")
 
@@ -185,17 +185,14 @@ def _opened(spooled: SpooledReply) -> Iterator[BufferedReader]:
 
 
 def _places(data: bytes) -> tuple[Origin, _Places]:
-    """Parse the safetensors header: 8 bytes of length, then JSON; offsets count from its end."""
-    length = int.from_bytes(data[:8], "little")
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {length} bytes")
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    """Where the tensors lie; a header's offsets count from its end."""
+    header, start = header_of(data)
     about = json.loads(header.pop("__metadata__")["reply"])
     origin = Origin(int(about["node"]), str(about["farm"]))
     places = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        places[name] = _Place(entry["dtype"], 8 + length + begin, end - begin)
+        places[name] = _Place(entry["dtype"], start + begin, end - begin)
     if "update" not in places:
         raise ValueError("it holds no update")
     return origin, places

@@ -13,7 +13,7 @@ import pytest
 
 from client.worker import in_worker
 from common.errors import LaunchError
-from common.messages import HelloReply, Refusal
+from common.messages import AlignReply, HelloReply
 from tests.waiting import wait_until
 
 PARENT = """
@@ -42,9 +42,28 @@ def test_an_answer_comes_from_another_process() -> None:
 
 
 def test_arrays_come_through_unchanged() -> None:
-    values = np.arange(300_000, dtype=np.float32)
-    checksum = in_worker(lambda: Refusal(reason="internal", detail=str(values.sum())))
-    assert checksum == Refusal(reason="internal", detail=str(values.sum()))
+    update = np.arange(300_000).astype(np.uint8)
+    sent = AlignReply(
+        run=1,
+        round=1,
+        attempt=1,
+        farm="oak",
+        base="ab" * 32,
+        mask="cd" * 32,
+        examples=1,
+        accuracy=0.5,
+        f1=0.5,
+        loss=1,
+        dal=0,
+        steps=1,
+        train_seconds=1,
+        seconds=1,
+        update=update,
+    )
+    reply = in_worker(lambda: sent)
+    assert isinstance(reply, AlignReply)
+    np.testing.assert_array_equal(reply.update, update)
+    assert reply.model_dump(exclude={"update"}) == sent.model_dump(exclude={"update"})
 
 
 @pytest.mark.parametrize(

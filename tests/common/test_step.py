@@ -1,5 +1,7 @@
 """Steps from one candidate to the next: the same model comes out at both ends, and nothing else."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,7 @@ def keep_of(seed: int) -> Keep:
     return Keep(some(SPEC.heads), some(SPEC.neurons))
 
 
+@functools.cache
 def cut_step(seed: int, trainable: str = "bias") -> tuple[Step, str, ModelSpec]:
     """A step with a compensated cut, as the server makes it, and the digest it leads to."""
     model, keep = model_of(seed), keep_of(seed)
@@ -95,7 +98,7 @@ def test_a_cut_without_compensation_carries_no_change() -> None:
 def test_damaged_steps_are_refused_and_break_nothing(
     changes: list[tuple[int, int]], cut_off: int
 ) -> None:
-    data = _CUT[0].to_bytes().copy()
+    data = cut_step(3)[0].to_bytes().copy()
     for place, value in changes:
         data[place % data.size] = value
     data = data[: data.size - cut_off]
@@ -109,7 +112,7 @@ def test_damaged_steps_are_refused_and_break_nothing(
 
 @pytest.mark.parametrize("harm", ["indices", "names", "counts", "update", "no bytes"])
 def test_a_step_that_does_not_fit_is_refused(harm: str) -> None:
-    step = _CUT[0]
+    step = cut_step(3)[0]
     assert step.cut is not None
     arrays = load(step.to_bytes().tobytes())
     heads = [len(kept) for kept in step.cut.keep.heads]
@@ -127,6 +130,3 @@ def test_a_step_that_does_not_fit_is_refused(harm: str) -> None:
     data = b"" if harm == "no bytes" else save(arrays, metadata={"cut": about})
     with pytest.raises(ProtocolError):
         Step.from_bytes(np.frombuffer(data, np.uint8)).apply(model_of(3), SPEC)
-
-
-_CUT = cut_step(3)

@@ -168,13 +168,14 @@ def test_a_sweep_leaves_only_what_is_known(spool: Spool, tmp_path: Path) -> None
 def test_a_reply_that_does_not_fit_leaves_the_others(spool: Spool) -> None:
     kept = spool.put(3, 2, 17, reply())
     size = kept.path.stat().st_size
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, hard))
     try:
         with pytest.raises(DiskError, match=r"2\.replies"):
             spool.put(3, 2, 18, reply())
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        signal.signal(signal.SIGXFSZ, handler)
     assert kept.path.stat().st_size == size
     assert spool.open(kept).node == 17
