@@ -14,24 +14,26 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from common.anchors import Anchors, domain_alignment_loss
-from common.backbone import trainable_names
+from common.codec import Floats
 from common.config import TrainConfig
 from common.fit import train_epochs
 from common.heads import tap_heads
 from common.images import Part
 from common.spec import ModelSpec
+from common.trainable import factors, trainable_set
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
     """What local training changed.
 
-    ``delta``: trained minus start, float32, for every trainable name in sorted order. ``loss`` is
-    the mean objective of the last epoch, ``dal`` its mean domain alignment loss before weighting
-    (0 when it is off; being unbiased, the MMD may be slightly negative).
+    ``delta``: trained minus start, float32 (n,), laid out as the trainable set says
+    (common/trainable.py). ``loss`` is the mean objective of the last epoch, ``dal`` its mean
+    domain alignment loss before weighting (0 when it is off; being unbiased, the MMD may be
+    slightly negative).
     """
 
-    delta: dict[str, Tensor]
+    delta: Floats
     loss: float
     dal: float
     steps: int
@@ -54,7 +56,7 @@ def align(
     """Train ``config.trainable`` of a backbone, and its classifier, on a farm's fit part.
 
     Args:
-        model: left trained; the caller owns it.
+        model: left trained, factors of ``lora`` merged; the caller owns it.
         classifier: private (C) -> (K); left trained along.
         part: the fit part.
         spec: of the model.
@@ -69,12 +71,15 @@ def align(
         QualityError: the loss is no longer finite.
         DataError: none of the images can be read.
     """
-    names = trainable_names(model, config.trainable)
-    parameters = dict(model.named_parameters())
-    start = {name: parameters[name].detach().clone() for name in names}
+    chosen = trainable_set(model, config.trainable, config.rank)
+    names = chosen.layout.names
     passes = config.epochs if epochs is None else epochs
     use_dal = anchors is not None and config.dal_weight > 0
     with ExitStack() as stack:
+        if chosen.rank:
+            stack.enter_context(factors(model, chosen.rank))
+        parameters = dict(model.named_parameters())
+        start = {name: parameters[name].detach().clone() for name in names}
         heads = stack.enter_context(tap_heads(model)) if use_dal else []
         penalty = _Penalty(config, heads, anchors if use_dal else None, parameters, start)
         log = train_epochs(
@@ -90,7 +95,9 @@ def align(
             epochs=passes,
             max_steps=max_steps,
         )
-    delta = {name: (parameters[name].detach() - start[name]).float() for name in names}
+        changes = {name: parameters[name].detach() - start[name] for name in names}
+    delta = chosen.layout.flatten(changes)
+    chosen.merge(model, delta)
     last = penalty.seen[-max(1, log.steps // passes) :]
     dal = float(torch.stack(last).mean()) if last else 0.0
     return Aligned(delta, log.loss, dal, log.steps, log.seconds)

@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from client.align import Aligned, align
+from client.residual import Coded, carried, encode
 from client.scores import FarmScores, score_units
 from client.state import FarmState
 from client.turns import turn
@@ -50,6 +50,7 @@ from common.messages import (
 from common.scores import encode_neurons
 from common.spec import ModelSpec
 from common.step import Step
+from common.trainable import trainable_set
 
 log = logging.getLogger(__name__)
 
@@ -123,12 +124,13 @@ class Farm:
             log.info("run %d round %d: answered from disk", request.run, request.round)
             return cached.model_copy(update={"attempt": request.attempt})
         reply: AlignReply | EvaluateReply
+        lost = None
         if isinstance(request, AlignRequest):
-            reply = self._align(request)
+            reply, lost = self._align(request)
         else:
             reply = self._evaluate(request)
         try:
-            self._state.save_reply(request, work, reply)
+            self._state.save_reply(request, work, reply, lost)
         except DiskError as error:  # the work is done: better sent without a copy than not at all
             log.error("%s", error)
         return reply
@@ -162,7 +164,8 @@ class Farm:
 
     # --- one round -------------------------------------------------------------------------
 
-    def _align(self, request: AlignRequest) -> AlignReply:
+    def _align(self, request: AlignRequest) -> tuple[AlignReply, codec.Floats | None]:
+        """The reply and what coding lost of its update."""
         started = time.monotonic()
         base = self._bring_up(request)
         classifier = self._refit(base)
@@ -170,13 +173,12 @@ class Farm:
         anchors = None if request.anchors is None else Anchors.from_bytes(request.anchors.tobytes())
         scores = self._score(request, base, classifier, anchors)
         aligned = self._learn(request, base, classifier, anchors)
-        layout = codec.layout_of(base.model, list(aligned.delta))
-        update = self._encode(request, layout.flatten(aligned.delta))
+        coded = self._encode(request, base, aligned.delta)
         log.info(
             "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
         )
-        return AlignReply(
+        reply = AlignReply(
             **request.identity(),
             farm=self.name,
             examples=len(self._folder.fit),
@@ -187,18 +189,20 @@ class Farm:
             steps=aligned.steps,
             train_seconds=aligned.seconds,
             seconds=time.monotonic() - started,
-            update=update,
+            update=coded.update,
             head_importance=scores.head_importance if scores else None,
             head_mmd2=scores.head_mmd2 if scores else None,
             neuron_importance=encode_neurons(scores.neuron_importance) if scores else None,
         )
+        return reply, coded.lost
 
-    def _encode(self, request: AlignRequest, delta: codec.Floats) -> codec.Bytes:
-        """Few bits are rounded at random, so that small changes count on average."""
-        bits = request.train.update_bits
+    def _encode(self, request: AlignRequest, base: Base, delta: codec.Floats) -> Coded:
+        """What was learned, and what earlier replies left behind, as one coded update."""
+        trained = trainable_set(base.model, request.train.trainable, request.train.rank)
+        rest = carried(self._state, request, trained)
+        values = delta if rest is None else delta + rest
         seed = self._seed(request, request.round)
-        rng = np.random.default_rng(seed) if bits < codec.DEFAULT_BITS else None
-        return codec.encode(delta, request.base, bits=bits, rng=rng)
+        return encode(values, request.train, request.base, trained.rank, seed)
 
     def _score(
         self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None
@@ -273,7 +277,7 @@ class Farm:
         if request.body_kind == "full":
             model, spec = backbone.unpack(request.body.tobytes())
         else:
-            model, spec = self._step(request.body_from or "", request.body)
+            model, spec = self._step(request, request.body_from or "", request.body)
         if backbone.digest(model, spec) != request.base:
             raise MissingBaseError(
                 f"{self.name}: the {request.body_kind} body does not yield {request.base[:12]}"
@@ -281,13 +285,17 @@ class Farm:
         self._state.save_backbone(request.base, model, spec)
         return Base(model, spec, request.base)
 
-    def _step(self, parent: str, body: codec.Bytes) -> tuple[VisionTransformer, ModelSpec]:
+    def _step(
+        self, request: Work, parent: str, body: codec.Bytes
+    ) -> tuple[VisionTransformer, ModelSpec]:
         held = self._state.load_backbone(parent) if parent else None
         if held is None:
             raise MissingBaseError(f"{self.name} does not hold backbone {parent[:12]}")
         step = Step.from_bytes(body)
         if step.base != parent:
             raise ProtocolError(f"a step from {step.base[:12]} came as one from {parent[:12]}")
+        if step.cut is not None:
+            self._state.save_cut(request.mask, held[1], step.cut.keep)
         return step.apply(*held)
 
     def _refit(self, base: Base, keep: bool = True, autocast: bool | None = None) -> nn.Linear:

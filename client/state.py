@@ -2,7 +2,9 @@
 
     backbones/DIGEST.safetensors     the newest training bases, oldest thrown away
     classifiers/DIGEST.safetensors   this farm's classifier for that backbone
-    replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again
+    replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again, and
+                                     what coding its update lost (client/residual.py)
+    cuts/MASK.json                   what was kept at a prune event that led to this mask
     reports/LABEL.json               per-image results on the test part, for the farm's own eyes
 
 Every file is written whole or not at all, and a damaged one counts as absent.
@@ -12,6 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +28,24 @@ from torch import nn
 from common import backbone
 from common.errors import FieldfedError, ModelError
 from common.files import write_atomically
-from common.messages import Reply, Request, Work, from_parts, to_parts
+from common.mask import Keep
+from common.messages import AlignReply, Floats, Reply, Request, Work, from_parts, to_parts
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
 BACKBONES_KEPT = 3
-REPLIES_KEPT = 4
+ALIGNED_KEPT, REPORTED_KEPT, CUTS_KEPT = 2, 3, 2
+
+_LOST = "lost"
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A reply and what coding lost of its update, fp32 (n,); None: nothing."""
+
+    reply: AlignReply
+    lost: Floats | None
 
 
 class FarmState:
@@ -39,7 +53,7 @@ class FarmState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("backbones", "classifiers", "replies", "reports"):
+        for name in ("backbones", "classifiers", "replies", "reports", "cuts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     # --- backbones -------------------------------------------------------------------------
@@ -97,32 +111,90 @@ class FarmState:
 
     # --- replies ---------------------------------------------------------------------------
 
-    def save_reply(self, request: Work, work: str, reply: Reply) -> None:
+    def save_reply(
+        self, request: Work, work: str, reply: Reply, lost: Floats | None = None
+    ) -> None:
         """Keep a finished reply, so that a repeated request costs no second training.
 
-        ``work`` tells apart what may be asked in one round: alignment, and reports by label.
+        Args:
+            request: that it answers.
+            work: tells apart what may be asked in one round: alignment, and reports by label.
+            reply: to be sent again.
+            lost: what coding lost of its update, fp32 (n,).
         """
         text, arrays = to_parts(reply)
         path = self._reply_path(request, work)
+        if lost is not None:
+            arrays = {**arrays, _LOST: lost}
         write_atomically(path, save_arrays(arrays or _NOTHING, metadata={"message": text}))
-        for old in _newest_first(self.folder / "replies")[REPLIES_KEPT:]:
+        # two kinds, so that reports never push out the reply whose residual is still needed
+        kept = self._aligned()[:ALIGNED_KEPT] + self._reported()[:REPORTED_KEPT]
+        for old in set((self.folder / "replies").glob("*.safetensors")) - set(kept):
             old.unlink(missing_ok=True)
 
     def load_reply(self, request: Work, work: str) -> Request | Reply | None:
         """The reply to an earlier attempt at the same work, or None."""
-        path = self._reply_path(request, work)
+        found = self._read_reply(self._reply_path(request, work))
+        return None if found is None else found[0]
+
+    def newest_aligned(self, run: int) -> "Left | None":
+        """The newest reply to a round of alignment in this run, with what coding lost of it."""
+        paths = [path for path in self._aligned() if path.name.startswith(f"{run}-")]
+        if not paths:
+            return None
+        # never an older one in its stead: what that one left behind is part of the newest
+        found = self._read_reply(paths[0])
+        if found is None or not isinstance(found[0], AlignReply):
+            log.warning("'%s' is damaged; what it left behind is lost", paths[0])
+            return None
+        return Left(found[0], found[1])
+
+    def _read_reply(self, path: Path) -> tuple[Request | Reply, Floats | None] | None:
         try:
             with safe_open(path, framework="np") as file:
                 text = (file.metadata() or {})["message"]
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return from_parts(text, arrays if "nothing" not in arrays else {})
+            lost = arrays.pop(_LOST, None)
+            return from_parts(text, arrays if "nothing" not in arrays else {}), lost
         except (OSError, SafetensorError, KeyError, FieldfedError):
             return None
+
+    def _aligned(self) -> list[Path]:
+        return [path for path in _newest_first(self.folder / "replies") if "-align-" in path.name]
+
+    def _reported(self) -> list[Path]:
+        return [p for p in _newest_first(self.folder / "replies") if "-align-" not in p.name]
 
     def _reply_path(self, request: Work, work: str) -> Path:
         # the base is part of the name: a server that started over may reuse run and round numbers
         name = f"{request.run}-{request.round}-{work}-{request.base[:16]}.safetensors"
         return self.folder / "replies" / name
+
+    # --- cuts ------------------------------------------------------------------------------
+
+    def save_cut(self, mask: str, spec: ModelSpec, keep: Keep) -> None:
+        """Keep what a prune event, that led to ``mask``, left of a backbone of this spec."""
+        cut = {
+            "spec": spec.to_json(),
+            "heads": [kept.tolist() for kept in keep.heads],
+            "neurons": [kept.tolist() for kept in keep.neurons],
+        }
+        write_atomically(self.folder / "cuts" / f"{mask}.json", json.dumps(cut).encode())
+        cuts = sorted((self.folder / "cuts").glob("*.json"), key=lambda p: -p.stat().st_mtime_ns)
+        for old in cuts[CUTS_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def load_cut(self, mask: str) -> tuple[ModelSpec, Keep] | None:
+        """The spec before the cut that led to ``mask`` and what was kept, or None."""
+        try:
+            cut = json.loads((self.folder / "cuts" / f"{mask}.json").read_text())
+            kept = [
+                tuple(np.array(block, dtype=np.int64) for block in cut[kind])
+                for kind in ("heads", "neurons")
+            ]
+            return ModelSpec.from_json(cut["spec"]), Keep(*kept)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     # --- reports ---------------------------------------------------------------------------
 

@@ -31,8 +31,6 @@ from common.tensors import header_of
 
 log = logging.getLogger(__name__)
 
-TRAINABLE_SETS = ("bias", "attention", "full")
-
 
 def dense_spec(name: str, image_size: int, options: dict[str, int] | None = None) -> ModelSpec:
     """The spec of an unpruned timm architecture at a square image size.
@@ -288,23 +286,7 @@ def digest(model: VisionTransformer, spec: ModelSpec) -> str:
     return sha.hexdigest()
 
 
-# --- what is trained, what it costs -------------------------------------------------------------
-
-
-def trainable_names(model: VisionTransformer, kind: str) -> list[str]:
-    """Names of the parameters that a round trains, sorted.
-
-    ``bias``: every one-dimensional parameter (biases, norms, layer-scale), about 70 k numbers in
-    a ViT-S. ``attention``: those and the attention projections. ``full``: everything.
-    """
-    if kind not in TRAINABLE_SETS:
-        raise ModelError(f"unknown trainable set '{kind}'; known: {', '.join(TRAINABLE_SETS)}")
-    chosen = [
-        name
-        for name, parameter in model.named_parameters()
-        if kind == "full" or parameter.ndim == 1 or (kind == "attention" and ".attn." in name)
-    ]
-    return sorted(chosen)
+# --- what it costs -------------------------------------------------------------
 
 
 def parameters(model: nn.Module) -> int:

@@ -18,6 +18,10 @@ ENVIRONMENT_PREFIX = "FIELDFED_"
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 
+LEARNING_RATES = {"bias": 3e-3, "attention": 1e-4, "lora": 1e-3, "full": 3e-5}
+"""Of the backbone, by trainable set: the more numbers move, the less each of them may."""
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 
@@ -27,10 +31,13 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """How a farm aligns its copy of the backbone in one round; travels in every request."""
 
-    trainable: Literal["bias", "attention", "full"] = "bias"
+    trainable: Literal["bias", "attention", "lora", "full"] = "bias"
+    rank: int = Field(default=8, ge=1, le=64, description="of the factors of lora")
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the fit part per round")
     batch_size: int = Field(default=16, ge=8, le=1024)
-    lr: float = Field(default=3e-3, gt=0, le=1, description="backbone learning rate (AdamW)")
+    lr: float | None = Field(
+        default=None, gt=0, le=1, description="of the backbone (AdamW); unset: what suits the set"
+    )
     classifier_lr: float = Field(default=1e-3, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -40,6 +47,17 @@ class TrainConfig(Section):
     update_bits: Literal[2, 4, 8, 32] = Field(
         default=8, description="bits per number of a farm's update; the step back has at least 8"
     )
+    top: float = Field(
+        default=1.0, gt=0, le=1, description="share of an update's numbers sent, the largest"
+    )
+    error_feedback: bool = Field(
+        default=True, description="what coding loses is added to the farm's next update"
+    )
+
+    @property
+    def backbone_lr(self) -> float:
+        """The learning rate of the backbone."""
+        return LEARNING_RATES[self.trainable] if self.lr is None else self.lr
 
 
 class PlanConfig(Section):

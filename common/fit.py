@@ -278,7 +278,7 @@ class _Loop:
         if not math.isfinite(value):
             raise QualityError(
                 f"training diverged: the loss is {value} at step {number}; lower [train] lr "
-                f"(now {self.config.lr:g}) or dal_weight (now {self.config.dal_weight:g})"
+                f"(now {self.config.backbone_lr:g}) or dal_weight (now {self.config.dal_weight:g})"
             )
         optimiser.zero_grad()
         objective.backward()  # type: ignore[no-untyped-call]
@@ -292,11 +292,11 @@ def _optimiser(
     chosen: list[nn.Parameter], classifier: nn.Linear, config: TrainConfig
 ) -> torch.optim.AdamW:
     groups = []
-    for parameters, rate in ((chosen, config.lr), (list(classifier.parameters()), None)):
+    rates = config.backbone_lr, config.classifier_lr
+    for parameters, lr in zip((chosen, list(classifier.parameters())), rates, strict=True):
         for decays in (True, False):
             members = [weight for weight in parameters if (weight.ndim > 1) == decays]
             if members:
-                lr = config.classifier_lr if rate is None else rate
                 decay = config.weight_decay if decays else 0.0
                 groups.append({"params": members, "lr": lr, "peak": lr, "weight_decay": decay})
     return torch.optim.AdamW(groups)

@@ -92,6 +92,9 @@ class AlignRequest(Work):
     anchors: Bytes | None = Field(default=None, description="safetensors; absent without DAL")
     score: bool = Field(default=False, description="also score every head and MLP neuron")
     steps: int | None = Field(default=None, ge=1, description="at most so many; None: all epochs")
+    folded: int | None = Field(
+        default=None, ge=0, description="newest round in which a reply of this farm counts"
+    )
 
 
 class Done(Message):

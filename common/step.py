@@ -23,13 +23,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from timm.models.vision_transformer import VisionTransformer
 
-from common import backbone, codec
+from common import codec
 from common.codec import Bytes
+from common.compress import compress, expand
 from common.errors import ModelError, ProtocolError, RejectReason
+from common.layout import add, layout_of
 from common.mask import Indices, Keep
 from common.spec import ModelSpec
 from common.surgery import prune
 from common.tensors import header_of
+from common.trainable import TrainableSet, trainable_set
+
+MAX_BYTES = 2_000_000_000
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 _Counts = Annotated[list[_Count], Field(min_length=1, max_length=1024)]
@@ -67,7 +72,7 @@ class Cut:
         )
         flat = np.empty(0, np.float32)
         if names:
-            layout = codec.layout_of(plain, names)
+            layout = layout_of(plain, names)
             flat = layout.flatten(better) - layout.flatten(bare)
         return cls(keep, names, codec.encode(flat, base))
 
@@ -79,8 +84,8 @@ class Cut:
             ProtocolError: the change is damaged.
         """
         if self.names:
-            layout = codec.layout_of(model, self.names)
-            codec.apply(model, layout, codec.decode(self.change, base=None, count=layout.count))
+            layout = layout_of(model, self.names)
+            add(model, layout, codec.decode(self.change, base=None, count=layout.count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +108,9 @@ class Step:
         Raises:
             ProtocolError: the step does not fit the model, or is damaged.
         """
-        layout = _trained(model, codec.read_header(self.update).count)
-        codec.apply(model, layout, codec.decode(self.update, base=self.base, count=layout.count))
+        trained = _trained(model, codec.read_header(self.update))
+        count = trained.layout.count
+        trained.add(model, codec.decode(self.update, base=self.base, count=count))
         if self.cut is None:
             return model, spec
         try:
@@ -115,9 +121,9 @@ class Step:
         return smaller, smaller_spec
 
     def to_bytes(self) -> Bytes:
-        """As it is stored and sent."""
+        """As it is stored and sent, compressed where that is shorter."""
         if self.cut is None:
-            return self.update
+            return compress(self.update)
         keep = self.cut.keep
         about = {
             "heads": [len(kept) for kept in keep.heads],
@@ -130,7 +136,8 @@ class Step:
             "heads": np.concatenate(keep.heads).astype("<i4"),
             "neurons": np.concatenate(keep.neurons).astype("<i4"),
         }
-        return np.frombuffer(save(arrays, metadata={"cut": json.dumps(about)}), np.uint8)
+        data = save(arrays, metadata={"cut": json.dumps(about)})
+        return compress(np.frombuffer(data, np.uint8))
 
     @classmethod
     def from_bytes(cls, data: Bytes) -> "Step":
@@ -139,6 +146,7 @@ class Step:
         Raises:
             ProtocolError: these bytes are no step.
         """
+        data = expand(data, MAX_BYTES)
         if bytes(data[: len(codec.MAGIC)]) == codec.MAGIC:
             return cls(data)
         try:
@@ -161,12 +169,12 @@ def _split(flat: Indices, counts: list[int]) -> tuple[Indices, ...]:
     return tuple(parts)
 
 
-def _trained(model: VisionTransformer, count: int) -> codec.Layout:
-    """The layout of an update of ``count`` numbers, which tell the trainable sets apart."""
-    for kind in backbone.TRAINABLE_SETS:
-        layout = codec.layout_of(model, backbone.trainable_names(model, kind))
-        if layout.count == count:
-            return layout
+def _trained(model: VisionTransformer, header: codec.Header) -> TrainableSet:
+    """What an update changes: its rank and the count of its numbers tell the sets apart."""
+    for kind in ("lora",) if header.rank else ("bias", "attention", "full"):
+        chosen = trainable_set(model, kind, header.rank)
+        if chosen.layout.count == header.count:
+            return chosen
     raise ProtocolError(
-        f"{count} numbers are no set of parameters of this backbone", RejectReason.SHAPE
+        f"{header.count} numbers are no set of parameters of this backbone", RejectReason.SHAPE
     )

@@ -29,6 +29,7 @@ from common.errors import DataError, ModelError
 from common.heads import PreHook, evaluation_mode, registered
 from common.mask import Keep
 from common.spec import ModelSpec
+from common.trainable import FACTOR
 
 Method = Literal["none", "bias", "least_squares"]
 RIDGE = 1e-2
@@ -130,11 +131,15 @@ def _cuts(spec: ModelSpec, keep: Keep) -> dict[str, tuple[int, Tensor]]:
         neurons = torch.from_numpy(keep.neurons[block])
         cuts |= {
             f"{prefix}.attn.qkv.weight": (0, qkv),
+            f"{prefix}.attn.qkv.{FACTOR}": (0, qkv),
             f"{prefix}.attn.qkv.bias": (0, qkv),
             f"{prefix}.attn.proj.weight": (1, inner),
+            f"{prefix}.attn.proj.{FACTOR}": (1, inner),
             f"{prefix}.mlp.fc1.weight": (0, neurons),
+            f"{prefix}.mlp.fc1.{FACTOR}": (0, neurons),
             f"{prefix}.mlp.fc1.bias": (0, neurons),
             f"{prefix}.mlp.fc2.weight": (1, neurons),
+            f"{prefix}.mlp.fc2.{FACTOR}": (1, neurons),
         }
     return cuts
 

@@ -21,6 +21,7 @@ from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
 from common.step import Cut, Step
 from common.surgery import collect_moments, prune, prune_compensated
+from common.trainable import trainable_set
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
@@ -162,18 +163,19 @@ class RoundCloser:
     ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """The aggregated, coded update, applied to ``model`` as every farm will apply it."""
         train, rules = self._config.train, self._config.rounds
-        layout = codec.layout_of(model, backbone.trainable_names(model, train.trainable))
+        trained = trainable_set(model, train.trainable, train.rank)
         merged = aggregate(
             readers,
             [row.examples * self._freshness(row) for row in replies],
-            count=layout.count,
+            count=trained.layout.count,
             clip=rules.clip,
             rule=rules.aggregation,
             liars=rules.liars,
         )
         # a mean of many updates is finer than each of them
-        update = codec.encode(merged, base, bits=max(train.update_bits, codec.DEFAULT_BITS))
-        codec.apply(model, layout, codec.decode(update, base=base, count=layout.count))
+        bits = max(train.update_bits, codec.DEFAULT_BITS)
+        update = codec.encode(merged, base, bits=bits, rank=trained.rank)
+        trained.add(model, codec.decode(update, base=base, count=merged.size))
         return update
 
     def _freshness(self, row: ReplyRow) -> float:

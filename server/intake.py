@@ -8,13 +8,17 @@ fault and pause nobody.
 import logging
 from functools import partial
 
-from common import backbone, codec
+from timm.models.vision_transformer import VisionTransformer
+
+from common import codec
+from common.compress import expand
 from common.config import ServerConfig
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
 from common.spec import ModelSpec
 from common.surgery import slice_tensors
+from common.trainable import TrainableSet, trainable_set
 from server.close import Base, Work
 from server.collect import Accept, Verdict
 from server.models import Models
@@ -45,7 +49,7 @@ class Intake:
     ) -> None:
         self.farms: dict[int, str] = {}
         self._nodes: dict[str, int] = {}
-        self._shapes: dict[str, tuple[ModelSpec, int]] = {}
+        self._shapes: dict[str, tuple[ModelSpec, int, int]] = {}
         self._run, self._config, self._models = run, config, models
         self._spool, self._store, self._requests = spool, store, requests
 
@@ -109,6 +113,7 @@ class Intake:
         if not isinstance(reply, AlignReply):
             return self._unexpected(asked.round, node, reply)
         try:
+            reply = _expanded(reply, expected)
             check_align(reply, asked, expected)
         except ProtocolError as error:
             self.quarantine(asked.round, node, error.reason, str(error))
@@ -144,6 +149,7 @@ class Intake:
             raise ProtocolError(f"answers round {reply.round}, which never was", RejectReason.STALE)
         asked = Asked(self._run, reply.round, row.base, row.mask)
         expected = self._expected(row.base, scored=False)
+        reply = _expanded(reply, expected)
         check_align(reply, asked, expected)
         plain: dict[str, object] = {
             "head_importance": None,
@@ -164,14 +170,14 @@ class Intake:
                 f"trained under mask {reply.mask[:12]}, which the present one is not within",
                 RejectReason.FOREIGN_MASK,
             ) from None
-        names = self._config.train.trainable
         old, old_spec = self._models.view(reply.base)
-        layout = codec.layout_of(old, backbone.trainable_names(old, names))
+        layout = self._trained(old).layout
         values = codec.decode(reply.update, base=reply.base, count=count)
         kept = slice_tensors(layout.unflatten(values), old_spec, keep)
         new, _ = self._models.view(base.digest)
-        smaller = codec.layout_of(new, backbone.trainable_names(new, names))
-        return codec.encode(smaller.flatten(kept), base.digest, bits=32)
+        smaller = self._trained(new)
+        flat = smaller.layout.flatten(kept)
+        return codec.encode(flat, base.digest, bits=32, rank=smaller.rank)
 
     def _keep(self, number: int, node: int, attempt: int, reply: AlignReply, size: int) -> Verdict:
         spooled = self._spool.put(self._run, number, node, reply)
@@ -212,6 +218,16 @@ class Intake:
     def _expected(self, base: str, scored: bool) -> Expected:
         if base not in self._shapes:  # late replies ask for the same few bases again and again
             model, spec = self._models.view(base)
-            names = backbone.trainable_names(model, self._config.train.trainable)
-            self._shapes[base] = spec, codec.layout_of(model, names).count
+            trained = self._trained(model)
+            self._shapes[base] = spec, trained.layout.count, trained.rank
         return Expected(*self._shapes[base], scored, self._config.rounds.max_reply_bytes)
+
+    def _trained(self, model: VisionTransformer) -> TrainableSet:
+        train = self._config.train
+        return trainable_set(model, train.trainable, train.rank)
+
+
+def _expanded(reply: AlignReply, expected: Expected) -> AlignReply:
+    """The reply with its update as the codec reads it."""
+    limit = min(expected.limit_bytes, codec.largest_payload(expected.count))
+    return reply.model_copy(update={"update": expand(reply.update, limit)})

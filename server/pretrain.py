@@ -23,7 +23,6 @@ from common.backbone import (
     digest,
     load_pretrained,
     save_backbone,
-    trainable_names,
 )
 from common.config import BackboneConfig, ServerConfig
 from common.errors import ConfigError
@@ -39,6 +38,7 @@ from common.fit import (
 )
 from common.images import FarmFolder, Part, open_folder
 from common.spec import ModelSpec
+from common.trainable import trainable_names
 
 log = logging.getLogger(__name__)
 

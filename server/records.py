@@ -111,6 +111,15 @@ class Records(Database):
             run,
         )
 
+    def folded(self, run: int) -> dict[str, int]:
+        """The newest round, by farm, whose reply counts: not lost, and not undone with a cut."""
+        rows = self._select(
+            "SELECT farm, max(of_round) AS newest FROM replies WHERE run = ?1 AND round NOT IN "
+            "(SELECT judged FROM verdicts WHERE run = ?1 AND NOT accepted) GROUP BY farm",
+            run,
+        )
+        return {row["farm"]: row["newest"] for row in rows}
+
     def drop_reply(self, run: int, number: int, node: int) -> None:
         """Forget a reply of an open round whose spooled body is lost: its farm is asked again."""
         self._change(

@@ -15,10 +15,15 @@ class Requests:
     def __init__(self, run: int, config: ServerConfig, models: Models) -> None:
         self._run, self._config, self._models = run, config, models
         self._held: dict[int, set[str]] = {}
+        self._folded: dict[int, int] = {}
 
     def farm_holds(self, node: int, digests: Iterable[str]) -> None:
         """A farm said, or showed by its reply, that it holds these backbones."""
         self._held.setdefault(node, set()).update(digests)
+
+    def counts(self, folded: Mapping[int, int]) -> None:
+        """Which replies count: the newest round that was answered, by node."""
+        self._folded = dict(folded)
 
     def farm_lost(self, node: int) -> None:
         """A farm said that it lacks what we thought it holds: the next body is whole."""
@@ -34,6 +39,7 @@ class Requests:
             anchors=self._models.anchors(work.base.mask.digest),
             score=work.scored,
             steps=budgets.get(node),
+            folded=self._folded.get(node),
         )
 
     def evaluate(

@@ -252,6 +252,9 @@ class RoundLoop:
         asked, answered = self._asked(number), self._answered(number)
         self._open(work, len(asked))
         budgets = self._step_budgets(asked)
+        folded = self._store.folded(self.run)
+        farms = self._intake.farms.items()
+        self._requests.counts({node: folded[farm] for node, farm in farms if farm in folded})
         exchange = Exchange(
             nodes=[node for node in asked if node not in answered],
             request=partial(self._requests.align, work=work, budgets=budgets),

@@ -59,12 +59,14 @@ class Expected:
     Attributes:
         spec: the backbone it stands on.
         count: numbers in the trainable set.
+        rank: of its factors, or 0.
         scored: whether scores were asked for.
         limit_bytes: largest update taken.
     """
 
     spec: ModelSpec
     count: int
+    rank: int
     scored: bool
     limit_bytes: int
 
@@ -81,7 +83,7 @@ def check_align(reply: AlignReply, asked: Asked, expected: Expected) -> None:
             f"an update of {reply.update.nbytes} bytes is over the limit of {expected.limit_bytes}",
             RejectReason.OVERSIZED,
         )
-    codec.check(reply.update, base=asked.base, count=expected.count)
+    codec.check(reply.update, base=asked.base, count=expected.count, rank=expected.rank)
     if not expected.scored:
         return
     heads = sum(expected.spec.heads)

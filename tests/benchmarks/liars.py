@@ -28,9 +28,11 @@ from client.scores import FarmScores, score_units
 from common import backbone, codec, fit
 from common.config import Aggregation, PlanConfig, RoundConfig, TrainConfig
 from common.images import FarmFolder, open_folder
+from common.layout import add
 from common.mask import Budget, Mask, choose_mask
 from common.spec import ModelSpec
 from common.surgery import Moments, collect_moments, prune_compensated
+from common.trainable import trainable_set
 from server.aggregate import aggregate
 from server.consensus import Rule, consensus, farm_scores
 from server.pretrain import source_batches
@@ -64,8 +66,7 @@ class Network:
     def __init__(self) -> None:
         self.spec = backbone.dense_spec(NAME, SIDE)
         self.model = backbone.load_pretrained(self.spec, str(WEIGHTS))
-        self._names = backbone.trainable_names(self.model, TrainConfig().trainable)
-        self.layout = codec.layout_of(self.model, self._names)
+        self.layout = trainable_set(self.model, TrainConfig().trainable).layout
         self._accuracy: dict[str, dict[str, float]] = {}
 
     @cached_property
@@ -87,11 +88,11 @@ class Network:
         aligned = align(
             *(model, classifier, folder.fit, self.spec, config, None), seed=0, autocast=_bf16()
         )
-        return Honest(path.name, folder, scores, self.layout.flatten(aligned.delta))
+        return Honest(path.name, folder, scores, aligned.delta)
 
     def _copy(self, step: Floats) -> VisionTransformer:
         model, _ = backbone.unpack(backbone.pack(self.model, self.spec))
-        codec.apply(model, self.layout, step)
+        add(model, self.layout, step)
         return model
 
     def _classifier(

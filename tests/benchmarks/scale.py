@@ -28,6 +28,7 @@ from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
 from common.messages import AlignReply, AlignRequest, EvaluateReply, EvaluateRequest, Reply, Request
 from common.scores import encode_neurons
 from common.spec import ModelSpec
+from common.trainable import trainable_set
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
 from tests.benchmarks.cells import Cells, unfinished
@@ -71,8 +72,7 @@ class Answers:
         if request.mask not in self._shapes:
             assert request.body is not None
             model, spec = backbone.unpack(request.body.tobytes())
-            names = backbone.trainable_names(model, self._trainable)
-            self._shapes[request.mask] = spec, codec.layout_of(model, names).count
+            self._shapes[request.mask] = spec, trainable_set(model, self._trainable).layout.count
         return self._shapes[request.mask]
 
     def __call__(self, node: int, farm: SimFarm, request: Request) -> Reply:

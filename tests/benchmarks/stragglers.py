@@ -26,11 +26,12 @@ import numpy.typing as npt
 import torch
 
 from common import backbone, codec, fit
-from common.codec import Layout
 from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig, TrainConfig
 from common.errors import FieldfedError
 from common.images import Part, Purpose, open_folder
+from common.layout import Layout
 from common.messages import AlignReply, Reply, Request
+from common.trainable import trainable_set
 from server.models import Models
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
@@ -218,7 +219,7 @@ class Course:
     def _layout(self) -> Layout:
         spec = backbone.dense_spec(CARRIER.name, CARRIER.image_size, CARRIER.options)
         model = backbone.build(spec)
-        return codec.layout_of(model, backbone.trainable_names(model, "full"))
+        return trainable_set(model, "full").layout
 
     def saved(self, save: Callable[..., str], *arguments: Any, **options: Any) -> str:
         """In place of ``Models.save``: take the classifier out of the candidate."""

@@ -117,28 +117,6 @@ def test_an_unreachable_hub_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
-def test_trainable_sets_are_nested(spec: ModelSpec) -> None:
-    model = backbone.build(spec)
-    bias, attention, full = (
-        set(backbone.trainable_names(model, kind)) for kind in backbone.TRAINABLE_SETS
-    )
-    assert bias < attention < full
-    assert full == dict(model.named_parameters()).keys()
-    with pytest.raises(ModelError, match="unknown trainable set"):
-        backbone.trainable_names(model, "some")
-
-
-def test_the_default_set_of_a_vit_s_is_seventy_thousand_numbers() -> None:
-    spec = backbone.dense_spec("vit_small_patch14_dinov2", 112)
-    with torch.device("meta"):
-        model = backbone.build(spec)
-    count = sum(
-        dict(model.named_parameters())[name].numel()
-        for name in backbone.trainable_names(model, "bias")
-    )
-    assert 60_000 < count < 80_000
-
-
 def test_real_weights_fit(plant_weights: Path) -> None:
     spec = backbone.dense_spec("vit_small_patch14_dinov2", 112)
     backbone.load_pretrained(spec, str(plant_weights))

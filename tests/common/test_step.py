@@ -11,11 +11,13 @@ from safetensors.numpy import load, save
 from timm.models.vision_transformer import VisionTransformer
 
 from common import backbone, codec
+from common.compress import expand
 from common.errors import ProtocolError
 from common.mask import Keep
 from common.spec import ModelSpec
-from common.step import Cut, Step
+from common.step import MAX_BYTES, Cut, Step
 from common.surgery import collect_moments, prune, prune_compensated
+from common.trainable import TRAINABLE_SETS, trainable_set
 from tests.lab.network import SIDE, TINY
 
 BASE = "ab" * 32
@@ -43,10 +45,11 @@ def keep_of(seed: int) -> Keep:
 def cut_step(seed: int, trainable: str = "bias") -> tuple[Step, str, ModelSpec]:
     """A step with a compensated cut, as the server makes it, and the digest it leads to."""
     model, keep = model_of(seed), keep_of(seed)
-    layout = codec.layout_of(model, backbone.trainable_names(model, trainable))
-    values = np.random.default_rng(seed).standard_normal(layout.count).astype(np.float32)
-    update = codec.encode(values * np.float32(0.01), BASE)
-    codec.apply(model, layout, codec.decode(update, base=BASE, count=layout.count))
+    trained = trainable_set(model, trainable, 4)
+    count = trained.layout.count
+    values = np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+    update = codec.encode(values * np.float32(0.01), BASE, rank=trained.rank)
+    trained.add(model, codec.decode(update, base=BASE, count=count))
     moments = collect_moments(model, [torch.rand(4, 3, SIDE, SIDE)])
     compensated, _ = prune_compensated(model, SPEC, keep, moments)
     pruned, spec = prune(model, SPEC, keep)
@@ -58,7 +61,7 @@ def cut_step(seed: int, trainable: str = "bias") -> tuple[Step, str, ModelSpec]:
 
 
 @settings(deadline=None, max_examples=8)
-@given(st.integers(0, 1000), st.sampled_from(backbone.TRAINABLE_SETS))
+@given(st.integers(0, 1000), st.sampled_from(TRAINABLE_SETS))
 def test_a_step_with_a_cut_leads_to_the_same_candidate_at_the_other_end(
     seed: int, trainable: str
 ) -> None:
@@ -72,10 +75,11 @@ def test_a_step_with_a_cut_leads_to_the_same_candidate_at_the_other_end(
 
 def test_an_ordinary_step_is_its_update() -> None:
     model = model_of(0)
-    layout = codec.layout_of(model, backbone.trainable_names(model, "bias"))
+    layout = trainable_set(model, "bias").layout
     update = codec.encode(np.ones(layout.count, np.float32), BASE)
     step = Step.from_bytes(Step(update).to_bytes())
-    assert step.to_bytes().tobytes() == update.tobytes()
+    assert step.update.tobytes() == update.tobytes()
+    assert step.to_bytes().size < update.size  # equal numbers compress well
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moved, spec = step.apply(model, SPEC)
     assert spec == SPEC
@@ -114,7 +118,7 @@ def test_damaged_steps_are_refused_and_break_nothing(
 def test_a_step_that_does_not_fit_is_refused(harm: str) -> None:
     step = cut_step(3)[0]
     assert step.cut is not None
-    arrays = load(step.to_bytes().tobytes())
+    arrays = load(expand(step.to_bytes(), MAX_BYTES).tobytes())
     heads = [len(kept) for kept in step.cut.keep.heads]
     names = list(step.cut.names)
     if harm == "indices":

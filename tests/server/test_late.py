@@ -9,7 +9,9 @@ import pytest
 
 import server.close
 from common.errors import RejectReason
+from common.messages import AlignRequest, Request
 from server.aggregate import aggregate
+from server.requests import Requests
 from server.rows import ReplyRow
 from tests.lab.network import Lab
 
@@ -108,3 +110,29 @@ def test_a_sample_of_the_farms_is_asked(tmp_path: Path) -> None:
     per_round = Counter(row.round for row in replies(lab))
     assert per_round == {1: 2, 2: 2, 3: 2}
     assert len({row.node for row in replies(lab)}) > 2, "always the same farms"
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_farm_is_told_which_of_its_replies_count(
+    tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What did not count is given back, so saying so wrongly would lose work or count it twice."""
+    lab = Lab(tmp_path, rounds=5)
+    seen: list[tuple[int, Request]] = []
+    align = Requests.align
+
+    def spy(self: Requests, node: int, *arguments: Any, **named: Any) -> AlignRequest:
+        request = align(self, node, *arguments, **named)
+        seen.append((node, request))
+        return request
+
+    monkeypatch.setattr(Requests, "align", spy)
+    lab.simulate([10, 11, 25], quorum=0.6, staleness=window, **QUICK)
+    rows = replies(lab)
+    asked = [(node, r) for node, r in seen if isinstance(r, AlignRequest) and r.round > 1]
+    assert {node for node, _ in asked} == {1, 2, 3}
+    for node, request in asked:
+        mine = [row.of_round for row in rows if row.node == node and row.round < request.round]
+        assert request.folded == max(mine, default=None)
+    slow = [request.folded for node, request in asked if node == 3]
+    assert (slow[-1] is None) == (window == 0)

@@ -8,6 +8,8 @@ import torch
 
 from common import backbone, codec
 from common.errors import StateError
+from common.layout import add
+from common.trainable import trainable_set
 from server.models import Models
 from tests.lab.network import SIDE, TINY
 
@@ -21,10 +23,10 @@ def chain(tmp_path: Path) -> list[str]:
     digests = [models.save(backbone.build(spec), spec)]
     for number in range(2):
         model, _ = models.load(digests[-1])
-        layout = codec.layout_of(model, backbone.trainable_names(model, "bias"))
+        layout = trainable_set(model, "bias").layout
         values = np.random.default_rng(number).standard_normal(layout.count, dtype=np.float32)
         step = codec.encode(values * np.float32(0.01), digests[-1])
-        codec.apply(model, layout, codec.decode(step, base=digests[-1], count=layout.count))
+        add(model, layout, codec.decode(step, base=digests[-1], count=layout.count))
         digests.append(models.save(model, spec, step))
     models.settle()
     return digests

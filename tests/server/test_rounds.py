@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common import codec
+from common.compress import expand
 from common.errors import LaunchError, RejectReason, StateError
 from common.mask import Mask
 from common.messages import (
@@ -22,9 +23,11 @@ from common.messages import (
     Reply,
     Request,
 )
+from common.step import Step
 from server.status import snapshot
 from tests.lab.network import Lab
 
+LIMIT = 100_000_000
 PRUNE: dict[str, Any] = {"prune_heads": 0.4}
 
 
@@ -148,8 +151,13 @@ def test_a_macs_budget_removes_heads_and_neurons_and_is_kept(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("backbone", "train"),
-    [({}, {"dal": "coral"}), ({}, {"trainable": "full"}), ({"source": None, "epochs": 0}, {})],
-    ids=["coral", "full", "no source images"],
+    [
+        ({}, {"dal": "coral"}),
+        ({}, {"trainable": "full"}),
+        ({}, {"trainable": "lora", "rank": 2, "top": 0.2}),
+        ({"source": None, "epochs": 0}, {}),
+    ],
+    ids=["coral", "full", "lora", "no source images"],
 )
 def test_other_settings_reach_the_end(
     backbone: dict[str, Any], train: dict[str, Any], tmp_path: Path
@@ -167,23 +175,25 @@ def test_farms_send_few_bits_and_get_more_back(tmp_path: Path) -> None:
 
     def look(_node: int, _request: Request, reply: Reply) -> None:
         if isinstance(reply, AlignReply):
-            sent.append(codec.read_header(reply.update).bits)
+            sent.append(codec.read_header(expand(reply.update, LIMIT)).bits)
 
     lab.run(fault=look)
     steps = [path.read_bytes() for path in (lab.server_dir / "models").glob("*.delta")]
     assert sent == [4, 4, 4]
-    assert [codec.read_header(step).bits for step in steps] == [8]
+    updates = [Step.from_bytes(np.frombuffer(step, np.uint8)).update for step in steps]
+    assert [codec.read_header(update).bits for update in updates] == [8]
 
 
 def _nan(reply: AlignReply) -> Reply:
-    update = reply.update.copy()
+    update = expand(reply.update, LIMIT).copy()
     update[-64:] = 255  # the last fp32 numbers become NaN
     return reply.model_copy(update={"update": update})
 
 
 def _short(reply: AlignReply) -> Reply:
-    header = codec.read_header(reply.update)
-    values = codec.decode(reply.update, base=reply.base, count=header.count)[:-2]
+    update = expand(reply.update, LIMIT)
+    header = codec.read_header(update)
+    values = codec.decode(update, base=reply.base, count=header.count)[:-2]
     return reply.model_copy(update={"update": codec.encode(values, reply.base, bits=32)})
 
 

@@ -66,7 +66,9 @@ def test_an_update_comes_back_slice_by_slice(spool: Spool) -> None:
     assert reader.read(100, 50) == sent.update[100:150].tobytes()
     assert reader.read(sent.update.size - 5, 50) == sent.update[-5:].tobytes()
     assert reader.read(sent.update.size + 5, 50) == b""
-    part = codec.decode_slice(reader.read, codec.read_header(reader.read(0, 52)), 300, 900)
+    part = codec.decode_slice(
+        reader.read, codec.read_header(reader.read(0, codec.HEADER_BYTES)), 300, 900
+    )
     np.testing.assert_array_equal(part, codec.decode(sent.update, base=BASE, count=5000)[300:900])
 
 

@@ -25,6 +25,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from common import codec
+from common.compress import expand
 from common.errors import FieldfedError
 from common.messages import AlignReply, Reply, Request, Work
 from common.programs import CHUNK_BYTES
@@ -33,6 +34,7 @@ from tests.system.proxy import PREFIX, Exchange
 
 Direction = Literal["down", "up"]
 MAX_ERROR_BYTES = 20_000
+MAX_UPDATE_BYTES = 100_000_000
 MAX_BUNDLE_BYTES = 2_000
 MAX_REPLY_TEXT_BYTES = 6_000
 
@@ -218,8 +220,9 @@ def _check_reply(message: Request | Reply, record: RecordDict) -> None:
         raise LeakError(f"a '{message.kind}' with long text")
     if isinstance(message, AlignReply):
         try:
-            header = codec.read_header(message.update)
-            codec.decode(message.update, base=message.base, count=header.count)
+            update = expand(message.update, MAX_UPDATE_BYTES)
+            header = codec.read_header(update)
+            codec.decode(update, base=message.base, count=header.count)
         except FieldfedError as error:
             raise LeakError(f"align_reply.update: {error}") from error
 

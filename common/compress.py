@@ -1,0 +1,42 @@
+"""Zstandard where it pays: bytes travel compressed when that is shorter, and as they are when not.
+
+The two are told apart by the frame's magic, which nothing else that travels begins with.
+"""
+
+import numpy as np
+import zstandard
+
+from common.codec import Bytes
+from common.errors import ProtocolError, RejectReason
+
+LEVEL = 9
+"""Of 1 to 22; coded numbers have little more to give above it."""
+
+
+def compress(data: Bytes) -> Bytes:
+    """uint8 of ``data`` or of a frame that holds it, whichever is shorter."""
+    # one-shot frames say how long their content is, which the receiver relies on
+    frame = zstandard.ZstdCompressor(level=LEVEL).compress(data.tobytes())
+    return np.frombuffer(frame, np.uint8) if len(frame) < data.size else data
+
+
+def expand(data: Bytes, limit: int) -> Bytes:
+    """Inverse of :func:`compress`; allocates no more than ``limit`` bytes, whatever comes in.
+
+    Raises:
+        ProtocolError: a damaged frame, or OVERSIZED where it holds more than ``limit`` bytes.
+    """
+    raw = data.tobytes()
+    if not raw.startswith(zstandard.FRAME_HEADER):
+        return data
+    try:
+        size = zstandard.frame_content_size(raw)
+        if not 0 <= size <= limit:
+            raise ProtocolError(
+                f"a compressed body holds {'?' if size < 0 else size} bytes, at most {limit} pass",
+                RejectReason.OVERSIZED,
+            )
+        content = zstandard.ZstdDecompressor().decompress(raw, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ProtocolError(f"a compressed body is damaged: {error}") from error
+    return np.frombuffer(content, np.uint8)

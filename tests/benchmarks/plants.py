@@ -1,0 +1,138 @@
+"""Ten farms of real photographs in the lab: runs of the product's own rounds, judged on test parts.
+
+Farms work in two processes of one thread each. Images, weights and splits are those beside the
+project; ``SHARED`` in the environment names another place.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.config import (
+    BackboneConfig,
+    FarmConfig,
+    FarmSection,
+    PlanConfig,
+    RoundConfig,
+    ServerConfig,
+    TrainConfig,
+)
+from server.pretrain import pretrain
+from server.rounds import RunSettings, WallClock, run_rounds
+from tests.lab.link import LabLink
+
+SHARED = Path(os.environ.get("SHARED", "../shared"))
+WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
+NAME, SIDE, PER_CLASS, PROCESSES = "vit_small_patch14_dinov2", 112, 40, 2
+
+Correct = Mapping[str, npt.NDArray[np.bool_]]
+
+
+def farm_names() -> list[str]:
+    """The farms, by name."""
+    return sorted(path.name for path in (SHARED / "data" / "farms").iterdir() if path.is_dir())
+
+
+def require() -> None:
+    """End with a clear line where there are no photographs or weights."""
+    if not WEIGHTS.is_file():
+        raise SystemExit(f"no weights at '{WEIGHTS}'; set SHARED to the folder that holds them")
+
+
+def settings_of(seed: int, plan: PlanConfig, train: TrainConfig, farms: int) -> ServerConfig:
+    """A server for these farms, which waits for all of them in every round."""
+    source = next(path for path in sorted((SHARED / "data" / "source").iterdir()) if path.is_dir())
+    return ServerConfig(
+        seed=seed,
+        backbone=BackboneConfig(
+            name=NAME, image_size=SIDE, weights=str(WEIGHTS.resolve()), source=source.resolve()
+        ),
+        plan=plan,
+        rounds=RoundConfig(deadline_seconds=36_000, grace_seconds=0, min_farms=farms, attempts=1),
+        train=train,
+    )
+
+
+def farm_config(root: Path, name: str, seed: int, per_class: int) -> tuple[FarmConfig, Path]:
+    """A farm's settings and its state folder."""
+    data = (SHARED / "data" / "farms" / name).resolve()
+    section = FarmSection(name=name, data=data, per_class=per_class, seed=seed, threads=1)
+    return FarmConfig(farm=section), root / "farms" / name
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Per farm: which test images the reported models classified correctly, by label."""
+
+    reports: Mapping[str, Correct]
+
+    def packed(self) -> dict[str, dict[str, str]]:
+        """As JSON: bits of every farm in hexadecimal, behind their number."""
+        return {
+            label: {farm: f"{len(c)}:{np.packbits(c).tobytes().hex()}" for farm, c in one.items()}
+            for label, one in self.reports.items()
+        }
+
+
+def unpacked(cell: Mapping[str, str]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Inverse of one label of :meth:`Judged.packed`."""
+    found = {}
+    for farm, text in cell.items():
+        count, bits = text.split(":")
+        found[farm] = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: int(count)] > 0
+    return found
+
+
+def play(
+    train: TrainConfig,
+    rounds: int,
+    seed: int,
+    *,
+    farms: Sequence[str] | None = None,
+    per_class: int = PER_CLASS,
+    probe: bool = False,
+    local_rounds: int = 0,
+    plan: PlanConfig | None = None,
+) -> Judged:
+    """One run to its end; reports "model" and, where asked for, "probe" and "local"."""
+    names = list(farms or farm_names())
+    chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
+    config = settings_of(seed, chosen, train, len(names))
+    with tempfile.TemporaryDirectory() as folder, _pool() as pool:
+        root = Path(folder)
+        pretrain(config, root / "server")
+        made = [farm_config(root, name, seed, per_class) for name in names]
+        settings = RunSettings(config=config, probe=probe, local_rounds=local_rounds)
+        (root / "run.json").write_text(settings.model_dump_json())
+        run_rounds(LabLink(made, pool=pool), root / "server", root / "run.json", WallClock())
+        labels = ["model", *["probe"] * probe, *["local"] * bool(local_rounds)]
+        return Judged(
+            {
+                label: {n: _correct(s, label) for n, (_, s) in zip(names, made, strict=True)}
+                for label in labels
+            }
+        )
+
+
+def _correct(state: Path, label: str) -> npt.NDArray[np.bool_]:
+    report = json.loads((state / "reports" / f"{label}.json").read_text())
+    return np.array(report["correct"], dtype=np.bool_)
+
+
+@contextmanager
+def _pool() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(
+        PROCESSES, get_context("spawn"), initializer=partial(torch.set_num_threads, 1)
+    ) as pool:
+        yield pool
