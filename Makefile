@@ -13,13 +13,16 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test chaos liars scale stragglers lint format clean
+.PHONY: demo test bench-bytes chaos liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
 
 test: $(STAMP) lint
 	$(BIN)/python -P -m pytest
+
+bench-bytes: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bytes
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
 chaos liars scale stragglers: $(STAMP)

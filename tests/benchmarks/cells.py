@@ -58,9 +58,9 @@ class Cells:
         print(json.dumps(figures), flush=True)
         return figures
 
-    def finish(self, figures: Cell, seeds: Sequence[int]) -> Path:
+    def finish(self, figures: Cell, seeds: Sequence[int], command: str | None = None) -> Path:
         """Write the result with its provenance; returns its path."""
-        about = provenance(f"make {self._name}", seeds[0]).model_dump(exclude={"seed"})
+        about = provenance(command or f"make {self._name}", seeds[0]).model_dump(exclude={"seed"})
         about["seeds"] = list(seeds)
         path = self._root / "bench-output" / f"{self._name}.json"
         text = json.dumps({"provenance": about} | figures, indent=2, sort_keys=True)

@@ -116,7 +116,7 @@ def play(
         settings = RunSettings(config=config, probe=probe, local_rounds=local_rounds)
         (root / "run.json").write_text(settings.model_dump_json())
         run_rounds(LabLink(made, pool=pool), root / "server", root / "run.json", WallClock())
-        labels = ["model", *["probe"] * probe, *["local"] * bool(local_rounds)]
+        labels = ["model", *(["probe"] if probe else []), *(["local"] if local_rounds else [])]
         return Judged(
             {
                 label: {n: _correct(s, label) for n, (_, s) in zip(names, made, strict=True)}
