@@ -22,6 +22,7 @@ from client.state import FarmState
 from client.turns import turn
 from common import backbone, codec, fit
 from common.anchors import Anchors
+from common.catchup import replace, steps_of
 from common.config import FarmConfig
 from common.errors import (
     ConfigError,
@@ -277,7 +278,7 @@ class Farm:
         if request.body_kind == "full":
             model, spec = backbone.unpack(request.body.tobytes())
         else:
-            model, spec = self._step(request, request.body_from or "", request.body)
+            model, spec = self._changed(request, request.body_from or "", request.body)
         if backbone.digest(model, spec) != request.base:
             raise MissingBaseError(
                 f"{self.name}: the {request.body_kind} body does not yield {request.base[:12]}"
@@ -285,18 +286,24 @@ class Farm:
         self._state.save_backbone(request.base, model, spec)
         return Base(model, spec, request.base)
 
-    def _step(
+    def _changed(
         self, request: Work, parent: str, body: codec.Bytes
     ) -> tuple[VisionTransformer, ModelSpec]:
+        """The backbone that a body makes of the one held."""
         held = self._state.load_backbone(parent) if parent else None
         if held is None:
             raise MissingBaseError(f"{self.name} does not hold backbone {parent[:12]}")
-        step = Step.from_bytes(body)
-        if step.base != parent:
-            raise ProtocolError(f"a step from {step.base[:12]} came as one from {parent[:12]}")
-        if step.cut is not None:
-            self._state.save_cut(request.mask, held[1], step.cut.keep)
-        return step.apply(*held)
+        if request.body_kind == "tensors":
+            replace(held[0], body)
+            return held
+        steps = steps_of(body) if request.body_kind == "chain" else [Step.from_bytes(body)]
+        if not steps or steps[0].base != parent:
+            raise ProtocolError(f"steps from another backbone came as steps from {parent[:12]}")
+        for step in steps:
+            if step.cut is not None:
+                self._state.save_cut(request.mask, held[1], step.cut.keep)
+            held = step.apply(*held)
+        return held
 
     def _refit(self, base: Base, keep: bool = True, autocast: bool | None = None) -> nn.Linear:
         """The private classifier, fitted to the features of this backbone on the fit part."""

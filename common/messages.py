@@ -59,9 +59,11 @@ class Work(Message):
     seed: int = Field(ge=0, lt=2**32)
     base: Digest = Field(description="the backbone to stand on after the body is applied")
     mask: Digest = Field(description="the mask that backbone carries")
-    body_kind: Literal["none", "delta", "full"] = "none"
-    body_from: Digest | None = Field(default=None, description="the base a step is added to")
-    body: Bytes | None = Field(default=None, description="a step, or a packed backbone")
+    body_kind: Literal["none", "delta", "chain", "tensors", "full"] = "none"
+    body_from: Digest | None = Field(default=None, description="the base that the body changes")
+    body: Bytes | None = Field(
+        default=None, description="a step, what common/catchup.py makes, or a packed backbone"
+    )
 
     def identity(self) -> dict[str, Any]:
         """What a reply repeats, so that it can be matched to this request."""

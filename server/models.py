@@ -11,14 +11,17 @@ it, it is made again from its parent and the step. Only the first candidate of a
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from common import backbone
 from common.anchors import Anchors
+from common.catchup import MAX_STEPS, chain, changed
 from common.errors import DiskError, FieldfedError, ProtocolError, StateError
 from common.files import write_atomically
 from common.messages import Array
@@ -27,8 +30,19 @@ from common.step import Step
 
 log = logging.getLogger(__name__)
 
-BODIES_KEPT = 3
-"""A candidate whole, the step to it, and the anchors."""
+FEWEST_STEPS = 3
+"""An update has about a quarter of its numbers' bytes: two are never longer than the numbers."""
+KEPT_BYTES = 250_000_000
+"""Of bodies in memory: a candidate whole, anchors, and what brings farms up to date."""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """The shortest body that makes a candidate of one that a farm holds."""
+
+    kind: Literal["delta", "chain", "tensors"]
+    start: str
+    body: Array
 
 
 class Models:
@@ -133,9 +147,9 @@ class Models:
     def _shared(self, path: Path, read: Callable[[], bytes]) -> Array:
         """What a file holds; all requests of a round share one read-only array."""
         if path not in self._bodies:
-            if len(self._bodies) >= BODIES_KEPT:
-                self._bodies.clear()
             self._bodies[path] = np.frombuffer(read(), np.uint8)
+            while len(self._bodies) > 1 and sum(b.size for b in self._bodies.values()) > KEPT_BYTES:
+                self._bodies.pop(next(iter(self._bodies)))  # the oldest
         return self._bodies[path]
 
     def parent(self, digest: str) -> str | None:
@@ -146,6 +160,43 @@ class Models:
         if digest not in self._parents:
             self._parents[digest] = Step.from_bytes(step).base
         return self._parents[digest]
+
+    def way(self, held: Collection[str], digest: str) -> Way | None:
+        """How a farm that holds these candidates gets to this one, if not with the whole of it."""
+        path, parent = [digest], self.parent(digest)
+        while parent is not None and parent not in held and len(path) < MAX_STEPS:
+            path.append(parent)
+            parent = self.parent(parent)
+        if parent is None or parent not in held:
+            return None
+        if len(path) == 1:
+            return Way("delta", parent, self._known_step(digest))
+        steps = [self._known_step(one) for one in reversed(path)]
+        body = self._shared(
+            self._models / f"{parent}-{digest}.chain", lambda: chain(steps).tobytes()
+        )
+        kind: Literal["chain", "tensors"] = "chain"
+        tensors = self._tensors(parent, digest) if len(path) >= FEWEST_STEPS else None
+        if tensors is not None and tensors.size < body.size:
+            kind, body = "tensors", tensors
+        return Way(kind, parent, body) if body.size < self.body(digest).size else None
+
+    def _known_step(self, digest: str) -> Array:
+        step = self.step(digest)
+        assert step is not None
+        return step
+
+    def _tensors(self, start: str, digest: str) -> Array | None:
+        """What differs between two candidates, or None where units were cut in between."""
+
+        def differing() -> bytes:
+            now, _ = self.view(digest)
+            before, _ = self._read(start)
+            body = changed(before, now)
+            return b"" if body is None else body.tobytes()
+
+        body = self._shared(self._models / f"{start}-{digest}.tensors", differing)
+        return body if body.size else None
 
     def _damaged(self, digest: str) -> StateError:
         return StateError(f"'{self._step_path(digest)}' is damaged; restore it from a backup")

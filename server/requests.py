@@ -76,7 +76,7 @@ class Requests:
         held = self._held.get(node, set())
         if base in held:
             return {"body_kind": "none"}
-        parent = self._models.parent(base)
-        if parent in held:
-            return {"body_kind": "delta", "body_from": parent, "body": self._models.step(base)}
-        return {"body_kind": "full", "body": self._models.body(base)}
+        way = self._models.way(held, base)
+        if way is None:
+            return {"body_kind": "full", "body": self._models.body(base)}
+        return {"body_kind": way.kind, "body_from": way.start, "body": way.body}

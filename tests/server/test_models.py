@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from common import backbone, codec
+from common.catchup import replace, steps_of
 from common.errors import StateError
 from common.layout import add
+from common.step import Step
 from common.trainable import trainable_set
 from server.models import Models
 from tests.lab.network import SIDE, TINY
@@ -96,3 +98,54 @@ def test_files_half_written_are_swept(tmp_path: Path, chain: list[str]) -> None:
     Models(tmp_path).sweep()
     assert not half.exists()
     assert whole(tmp_path, chain[1]).is_file()
+
+
+def longer(folder: Path, chain: list[str], steps: int) -> list[str]:
+    """The chain with so many further small steps."""
+    models = Models(folder)
+    digests = list(chain)
+    for number in range(steps):
+        model, spec = models.load(digests[-1])
+        trained = trainable_set(model, "bias")
+        values = np.random.default_rng(number).standard_normal(trained.layout.count)
+        update = codec.encode(values.astype(np.float32) * np.float32(0.01), digests[-1])
+        step = Step(update)
+        model, spec = step.apply(model, spec)
+        digests.append(models.save(model, spec, step.to_bytes()))
+    models.settle()
+    return digests
+
+
+def test_a_farm_gets_the_shortest_way(tmp_path: Path, chain: list[str]) -> None:
+    digests = longer(tmp_path, chain, 6)
+    models, newest = Models(tmp_path), digests[-1]
+    kinds = []
+    for behind in range(1, len(digests)):
+        way = models.way({digests[-1 - behind]}, newest)
+        assert way is not None
+        assert way.start == digests[-1 - behind]
+        kinds.append(way.kind)
+        sizes = sum(models._known_step(one).size for one in digests[-behind:])
+        assert way.body.size <= sizes + 1000
+    assert kinds[0] == "delta"
+    assert kinds[1] == "chain"
+    assert kinds[-1] == "tensors"
+    assert models.way({digests[0], digests[-3]}, newest).start == digests[-3]  # type: ignore[union-attr]
+    assert models.way(set(), newest) is None
+    assert models.way({"f" * 64}, newest) is None
+
+
+@pytest.mark.parametrize("behind", [1, 2, 8])
+def test_every_way_leads_to_the_candidate(tmp_path: Path, chain: list[str], behind: int) -> None:
+    digests = longer(tmp_path, chain, 6)
+    models = Models(tmp_path)
+    way = models.way({digests[-1 - behind]}, digests[-1])
+    assert way is not None
+    model, spec = Models(tmp_path).load(way.start)
+    if way.kind == "tensors":
+        replace(model, way.body)
+    else:
+        steps = steps_of(way.body) if way.kind == "chain" else [Step.from_bytes(way.body)]
+        for step in steps:
+            model, spec = step.apply(model, spec)
+    assert backbone.digest(model, spec) == digests[-1]

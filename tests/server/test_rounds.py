@@ -22,6 +22,7 @@ from common.messages import (
     Refusal,
     Reply,
     Request,
+    Work,
 )
 from common.step import Step
 from server.status import snapshot
@@ -85,6 +86,16 @@ def test_a_farm_is_sent_the_backbone_once_and_then_only_steps(tmp_path: Path) ->
         if node == 1 and isinstance(request, AlignRequest | EvaluateRequest)
     ]
     assert kinds == [(0, "full"), (1, "none"), (2, "delta"), (3, "delta"), (3, "delta")]
+
+
+def test_a_farm_that_skipped_rounds_is_not_sent_the_whole_backbone_again(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=8, warmup=4, prune_heads=0.4)
+    link = lab.run(rounds=lab.config.rounds.model_copy(update={"sample": 1}))
+    asked = [request for _, request in link.requests if isinstance(request, Work)]
+    kinds = {request.body_kind for request in asked if request.round > 0}
+    assert {"chain", "tensors"} & kinds
+    assert "full" not in kinds, "all farms had the first backbone when they reported on it"
+    assert outcome(lab).masks
 
 
 def test_after_a_prune_event_a_farm_is_sent_what_changed(finished: Lab) -> None:
