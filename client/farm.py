@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from client.align import Aligned, align
+from client.privacy import Curtain
 from client.scores import FarmScores, score_units
 from client.state import FarmState
 from client.turns import turn
@@ -164,6 +165,7 @@ class Farm:
 
     def _align(self, request: AlignRequest) -> AlignReply:
         started = time.monotonic()
+        private = Curtain.of(request, self._state.folder, self._settings)
         base = self._bring_up(request)
         classifier = self._refit(base)
         judged = self._judge(base, classifier)
@@ -171,7 +173,11 @@ class Farm:
         scores = self._score(request, base, classifier, anchors)
         aligned = self._learn(request, base, classifier, anchors)
         layout = codec.layout_of(base.model, list(aligned.delta))
-        update = self._encode(request, layout.flatten(aligned.delta))
+        delta = layout.flatten(aligned.delta)
+        if private is not None:
+            delta = private.update(delta)
+            scores = None if scores is None else private.scores(scores)
+        update = self._encode(request, delta)
         log.info(
             "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
@@ -181,9 +187,9 @@ class Farm:
             farm=self.name,
             examples=len(self._folder.fit),
             accuracy=judged.accuracy,
-            f1=judged.f1,
-            loss=aligned.loss,
-            dal=aligned.dal,
+            f1=judged.f1 if private is None else 0.0,
+            loss=aligned.loss if private is None else 0.0,
+            dal=aligned.dal if private is None else 0.0,
             steps=aligned.steps,
             train_seconds=aligned.seconds,
             seconds=time.monotonic() - started,

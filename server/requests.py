@@ -34,6 +34,7 @@ class Requests:
             anchors=self._models.anchors(work.base.mask.digest),
             score=work.scored,
             steps=budgets.get(node),
+            privacy=self._config.privacy,
         )
 
     def evaluate(
