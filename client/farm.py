@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from client.align import Aligned, align
+from client.privacy import Curtain
 from client.residual import Coded, carried, encode
 from client.scores import FarmScores, score_units
 from client.state import FarmState
@@ -168,13 +169,18 @@ class Farm:
     def _align(self, request: AlignRequest) -> tuple[AlignReply, codec.Floats | None]:
         """The reply and what coding lost of its update."""
         started = time.monotonic()
+        private = Curtain.of(request, self._state.folder, self._settings)
         base = self._bring_up(request)
         classifier = self._refit(base)
         judged = self._judge(base, classifier)
         anchors = None if request.anchors is None else Anchors.from_bytes(request.anchors.tobytes())
         scores = self._score(request, base, classifier, anchors)
         aligned = self._learn(request, base, classifier, anchors)
-        coded = self._encode(request, base, aligned.delta)
+        delta = aligned.delta
+        if private is not None:
+            delta = private.update(delta)
+            scores = None if scores is None else private.scores(scores)
+        coded = self._encode(request, base, delta)
         log.info(
             "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
@@ -184,9 +190,9 @@ class Farm:
             farm=self.name,
             examples=len(self._folder.fit),
             accuracy=judged.accuracy,
-            f1=judged.f1,
-            loss=aligned.loss,
-            dal=aligned.dal,
+            f1=judged.f1 if private is None else 0.0,
+            loss=aligned.loss if private is None else 0.0,
+            dal=aligned.dal if private is None else 0.0,
             steps=aligned.steps,
             train_seconds=aligned.seconds,
             seconds=time.monotonic() - started,

@@ -145,6 +145,40 @@ class RoundConfig(Section):
         return self.attempt_seconds or self.deadline_seconds / self.attempts
 
 
+class PrivacyConfig(Section):
+    """Noise that hides each farm, added on the farm; travels in every request for alignment.
+
+    ``clip`` is found on farms whose images may be looked at (drawn plants, one's own): a run with a
+    large ``clip`` and ``noise = 0`` lets every farm log the length of its updates, and their median
+    is a good value. A poor one costs accuracy, never privacy.
+    """
+
+    clip: float | None = Field(
+        default=None, gt=0, le=1e6, description="L2 norm to which a farm's whole update is cut"
+    )
+    noise: float = Field(
+        default=0.0, ge=0, le=1e4, description="of updates: standard deviation over clip"
+    )
+    score_clip: float = Field(
+        default=1.0, gt=0, le=1e3, description="deviation over mean to which scores are cut"
+    )
+    score_noise: float = Field(
+        default=0.0, ge=0, le=1e4, description="of scores: standard deviation over their cut norm"
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="at which epsilon is reported")
+    max_epsilon: float | None = Field(
+        default=None, gt=0, le=1e6, description="no further round beyond it, for no farm asked"
+    )
+
+    @model_validator(mode="after")
+    def _noise_needs_clip(self) -> Self:
+        if self.noise > 0 and self.clip is None:
+            raise ValueError("noise is a multiple of clip: set clip, the length updates are cut to")
+        if self.max_epsilon is not None and self.noise == 0:
+            raise ValueError("max_epsilon cannot be kept by updates without noise: set noise")
+        return self
+
+
 class BackboneConfig(Section):
     """Which backbone the network shares and where it comes from."""
 
@@ -178,6 +212,19 @@ class ServerConfig(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig)
     rounds: RoundConfig = Field(default_factory=RoundConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
+
+    @model_validator(mode="after")
+    def _privacy_fits_plan(self) -> Self:
+        if self.privacy is None or not self.plan.prunes:
+            return self
+        if self.privacy.score_noise > 0 and self.plan.exponent > 0:
+            raise ValueError(
+                "plan.exponent must be 0 with privacy.score_noise: shifts are not sent"
+            )
+        if self.privacy.max_epsilon is not None and self.privacy.score_noise == 0:
+            raise ValueError("privacy.max_epsilon needs privacy.score_noise in a run that prunes")
+        return self
 
 
 class FarmSection(Section):
@@ -195,6 +242,12 @@ class FarmSection(Section):
     places: int = Field(default=1, ge=1, le=256, description="farms at work at once, with turns")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 for training where the hardware has it"
+    )
+    min_noise: float = Field(
+        default=0.0, ge=0, le=1e4, description="updates and scores leave with no less noise"
+    )
+    max_epsilon: float | None = Field(
+        default=None, gt=0, le=1e6, description="of all that ever leaves, at delta 1e-5"
     )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError
 from pydantic_core import core_schema
 
-from common.config import TrainConfig
+from common.config import PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
 
 PROTOCOL = 1
@@ -97,6 +97,7 @@ class AlignRequest(Work):
     folded: int | None = Field(
         default=None, ge=0, description="newest round in which a reply of this farm counts"
     )
+    privacy: PrivacyConfig | None = Field(default=None, description="noise to add; None: none")
 
 
 class Done(Message):
@@ -118,7 +119,8 @@ class AlignReply(Done):
     """A coded update and, in score rounds, the scores.
 
     ``accuracy`` and ``f1`` are those of the incoming base on the decide part; ``examples`` counts
-    the images of the fit part.
+    the images of the fit part. Under privacy, figures that nothing depends on are kept back and
+    read 0: ``f1``, ``loss``, ``dal`` and, where scores carry noise, ``head_mmd2``.
     """
 
     kind: Literal["align_reply"] = "align_reply"

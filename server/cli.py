@@ -145,7 +145,8 @@ def train(
 
     settings = validate(RunSettings, {"config": config, "label": label}, "train")
     row = play(Network.of(config, folder), settings, Console())
-    print(f"run {row.run} is done; see: fieldfed-server status {folder}")
+    told = f", {row.detail}" if row.detail else ""
+    print(f"run {row.run} is done{told}; see: fieldfed-server status {folder}")
 
 
 @app.command(epilog="Example: fieldfed-server status network --json")

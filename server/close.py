@@ -220,8 +220,11 @@ class RoundCloser:
             return None
         plan = self._config.plan
         weighed = [(row.examples, farms[row.node]) for row in replies if row.node in farms]
-        # one liar is enough for a maximum: where farms are not trusted, it counts for nothing
-        kappa = plan.kappa if plan.consensus == "mean" else 0.0
+        # one liar is enough for a maximum, and so is the noise of one farm: where farms are not
+        # trusted, or hide their scores, it counts for nothing
+        private = self._config.privacy
+        hidden = private is not None and private.score_noise > 0
+        kappa = plan.kappa if plan.consensus == "mean" and not hidden else 0.0
         return consensus(weighed, kappa=kappa, rule=plan.consensus)
 
     def _rows(

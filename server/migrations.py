@@ -182,7 +182,10 @@ _FOURTH: Migration = (
     "ALTER TABLE replies ADD COLUMN length INTEGER NOT NULL DEFAULT 0",
 )
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH)
+# Scores cost privacy, whether or not any of them arrived.
+_SCORED: Migration = ("ALTER TABLE rounds ADD COLUMN scored INTEGER NOT NULL DEFAULT 0",)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _SCORED)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

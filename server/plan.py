@@ -34,6 +34,7 @@ class Plan:
     def __init__(self, config: PlanConfig, dense: ModelSpec) -> None:
         self._config, self._dense = config, dense
         self._shares: dict[int, float] = {}
+        self._rounds = config.rounds
         if not config.prunes:
             return
         rounds = _event_rounds(config)
@@ -44,7 +45,7 @@ class Plan:
     @property
     def rounds(self) -> int:
         """Rounds of alignment; they are numbered from 1."""
-        return self._config.rounds
+        return self._rounds
 
     @property
     def events(self) -> tuple[int, ...]:
@@ -82,6 +83,11 @@ class Plan:
         if retry < self.rounds and self._units(again) < self._units(parent):
             later = {n: s for n, s in self._shares.items() if n < event or s < again}
             self._shares = dict(sorted((later | {retry: again}).items()))
+
+    def end_after(self, number: int) -> None:
+        """The run ends early, with this round; what was planned behind it does not take place."""
+        self._rounds = number
+        self._shares = {event: share for event, share in self._shares.items() if event <= number}
 
     def _units(self, share: float) -> int:
         """Heads, or MACs, that a share of the dense backbone comes to."""

@@ -16,7 +16,15 @@ from server import charts
 from server.compare import Interval, verdict
 from server.markup import document, node
 from server.report_style import STYLE
-from server.story import FarmLine, Story, count_text, duration_text, percent, size_text
+from server.story import (
+    FarmLine,
+    Story,
+    count_text,
+    duration_text,
+    epsilon_text,
+    percent,
+    size_text,
+)
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LEAF = "M21 3C9 3 4 8 4 15c0 1 .2 2 .5 2.9L3 21h2.4l1-1.8C14 20 21 15 21 3zM8 16c2-4 5-6.5 9-8z"
@@ -125,6 +133,7 @@ def _figures(story: Story) -> Element:
         ("Sent per farm and round", size_text(up), "no image, no label"),
         ("Received per farm and round", size_text(down), "mean over farms and rounds"),
         ("Run time", duration_text(story.seconds), f"{len(story.played())} rounds"),
+        *_privacy(story),
     ]
     cells = [
         node(
@@ -136,6 +145,14 @@ def _figures(story: Story) -> Element:
         for name, value, aside in figures
     ]
     return node("dl", *cells, class_="figures")
+
+
+def _privacy(story: Story) -> list[tuple[str, str, str]]:
+    line = story.privacy
+    if line is None:
+        return []
+    aside = f"farm {line.farm}, the worst; delta {line.delta:g}; accuracies and counts are outside"
+    return [("Privacy, epsilon", epsilon_text(line.epsilon), aside)]
 
 
 # --- results -----------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Requests:
             score=work.scored,
             steps=budgets.get(node),
             folded=self._folded.get(node),
+            privacy=self._config.privacy,
         )
 
     def evaluate(

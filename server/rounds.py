@@ -30,6 +30,7 @@ from server.models import Models
 from server.pace import step_budgets
 from server.plan import Plan
 from server.pretrain import source_batches
+from server.privacy import over_budget
 from server.requests import Requests
 from server.rows import GUARD, RoundKind, VerdictRow
 from server.spool import Spool
@@ -119,6 +120,7 @@ class RoundLoop:
         self._models, self._spool = models, Spool(state_dir / "spool")
         self._spool.sweep(store.spooled_paths(run))
         self._owed: dict[str, Owed] = {}
+        self._detail = ""
         row = store.run(run)
         first = Mask.from_json(row.mask_json)
         self._start = Base(row.base, first)
@@ -150,7 +152,7 @@ class RoundLoop:
         except FieldfedError as error:
             self._store.finish_run(self.run, "failed", str(error))
             raise
-        self._store.finish_run(self.run, "done")
+        self._store.finish_run(self.run, "done", self._detail)
         log.info("run %d is done", self.run)
 
     def _play(self) -> None:
@@ -159,7 +161,10 @@ class RoundLoop:
         base, done = self._committed()
         for number in range(done + 1, self._plan.rounds + 1):
             with bound(round=number):
-                base = self._round(number, base)
+                after = self._round(number, base)
+            if after is None:
+                break
+            base = after
         base = self._judge_last(base)
         self._report(self._settings.label, self._plan.rounds, base)
 
@@ -246,10 +251,18 @@ class RoundLoop:
 
     # --- a round ---------------------------------------------------------------------------
 
-    def _round(self, number: int, base: Base) -> Base:
+    def _round(self, number: int, base: Base) -> Base | None:
+        """The next training base; None when the farms' privacy allows no further round."""
         self._meet()
         work = Work(number, base, self._plan.scores_in(number))
         asked, answered = self._asked(number), self._answered(number)
+        names = [self._intake.farms[node] for node in asked]
+        privacy = self._config.privacy
+        self._detail = over_budget(self._store, self.run, privacy, names, number, work.scored)
+        if self._detail:
+            log.warning("%s", self._detail)
+            self._plan.end_after(number - 1)
+            return None
         self._open(work, len(asked))
         budgets = self._step_budgets(asked)
         folded = self._store.folded(self.run)
@@ -287,6 +300,7 @@ class RoundLoop:
             mask=work.base.mask.digest,
             quorum=quorum_of(farms, rules),
             deadline=time.time() + rules.deadline_seconds,
+            scored=work.scored,
         )
 
     def _step_budgets(self, nodes: Sequence[int]) -> dict[int, int]:

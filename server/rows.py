@@ -49,7 +49,10 @@ class FarmRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A round; ``attempt`` counts how often it was opened (1: never interrupted)."""
+    """A round; ``attempt`` counts how often it was opened (1: never interrupted).
+
+    ``scored`` (0 or 1) says whether farms were asked for scores.
+    """
 
     round: int
     kind: RoundKind
@@ -65,6 +68,7 @@ class RoundRow:
     macs_ratio: float | None
     heads_kept_ratio: float | None
     mean_accuracy: float | None
+    scored: int
 
 
 @dataclass(frozen=True)

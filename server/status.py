@@ -11,6 +11,7 @@ from rich.text import Text
 from common.errors import StateError
 from common.mask import Mask
 from common.scores import UnitScores
+from server import privacy
 from server.consensus import rank_correlation
 from server.rows import GUARD, RunRow
 from server.store import Store
@@ -63,6 +64,7 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
             }
             for row in store.verdicts(run.run)
         ],
+        "privacy": privacy.snapshot(store, run),
         "agreement": _agreement(store, run.run),
         "rejected": {reason: count for reason, count in rejected.items() if count},
         "mask": {
@@ -153,6 +155,8 @@ def show(values: dict[str, Any]) -> Group:
         parts.append(
             Text(f"rank correlation of head scores between farms: {values['agreement']:.2f}")
         )
+    if values["privacy"] is not None:
+        parts.append(Text(privacy.describe(values["privacy"])))
     for row in values["verdicts"]:
         parts.append(
             Text(

@@ -144,6 +144,7 @@ class Store(Records):
         mask: str,
         quorum: int,
         deadline: float,
+        scored: bool = False,
     ) -> None:
         """Write a round down before its requests are sent; open again after a crash.
 
@@ -154,11 +155,13 @@ class Store(Records):
             if kind == "align" and self._round_state(run, number) == "committed":
                 raise StateError(f"round {number} of run {run} is committed; it cannot be reopened")
             db.execute(
-                "INSERT INTO rounds (run, round, kind, base, mask, quorum, deadline, started) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET base = excluded.base, "
+                "INSERT INTO rounds (run, round, kind, base, mask, quorum, deadline, started, "
+                "scored) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET base = excluded.base, "
                 "mask = excluded.mask, quorum = excluded.quorum, deadline = excluded.deadline, "
+                "scored = max(scored, excluded.scored), "
                 "attempt = attempt + 1, state = 'open', finished = NULL",
-                (run, number, kind, base, mask, quorum, deadline, time.time()),
+                (run, number, kind, base, mask, quorum, deadline, time.time(), int(scored)),
             )
 
     def align_round(self, run: int, number: int) -> RoundRow | None:

@@ -4,6 +4,7 @@ Frozen values with a JSON round trip (``model_dump_json`` and ``model_validate_j
 F1 and shares are ratios between 0 and 1; sizes are bytes; a run that did not take place is None.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Annotated, Any, Self
@@ -83,6 +84,18 @@ class Provenance(Chapter):
     seed: int
 
 
+class PrivacyLine(Chapter):
+    """The farm whose privacy cost most, over all runs of the story."""
+
+    farm: str
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        description="None: something was sent without noise"
+    )
+    delta: Ratio
+    updates: Count
+    scores: Count
+
+
 class Story(Chapter):
     """A whole run, from the first probe to the last table."""
 
@@ -100,6 +113,7 @@ class Story(Chapter):
     params: Count = Field(description="parameters of the final backbone")
     seconds: Seconds
     provenance: Provenance
+    privacy: PrivacyLine | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -131,9 +145,13 @@ class Story(Chapter):
         return _mean_size(up, farm), _mean_size(down, farm)
 
     def result(self) -> dict[str, Any]:
-        """The contents of ``result.json``; accuracies as ratios, absent runs None."""
+        """The contents of ``result.json``; accuracies as ratios, absent runs None.
+
+        ``privacy`` is there only where it was asked for.
+        """
         interval = self.ci95_dense_minus_pruned
-        return {
+        private = {} if self.privacy is None else {"privacy": self.privacy.model_dump()}
+        return private | {
             "farms": {line.farm: line.accuracies() for line in self.farms},
             "mean": self.mean.accuracies(),
             "ci95_dense_minus_pruned": None if interval is None else list(interval),
@@ -183,6 +201,11 @@ def duration_text(seconds: float) -> str:
     )
 
 
+def epsilon_text(value: float | None) -> str:
+    """``3.21``, rounded up, for the bound must hold; words where there is none."""
+    return "no bound" if value is None else f"{math.ceil(100 * value) / 100:.2f}"
+
+
 def _scaled(value: float, units: tuple[str, ...]) -> str:
     exponent = 0
     while abs(value) >= 999.5 and exponent < len(units) - 1:
@@ -203,9 +226,18 @@ def terminal_table(story: Story) -> Group:
         _costs(story),
         _mask(story),
     ]
+    if story.privacy is not None:
+        parts += [Text(_privacy_line(story.privacy)), Text()]
     if story.played():
         parts += [_rounds(story), _traffic(story)]
     return Group(*parts)
+
+
+def _privacy_line(line: PrivacyLine) -> str:
+    return (
+        f"  privacy of farm {line.farm}, the worst: epsilon {epsilon_text(line.epsilon)} at delta "
+        f"{line.delta:g}; accuracies, image counts and times are outside"
+    )
 
 
 def _interval_line(story: Story) -> str:

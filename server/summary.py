@@ -8,9 +8,10 @@ from common import backbone
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.models import Models
+from server.privacy import combined, finite
 from server.rows import GUARD, CandidateRow, RoundRow, RunRow, TrafficRow
 from server.store import Store
-from server.story import FarmLine, HeadMap, Provenance, RoundPoint, Story
+from server.story import FarmLine, HeadMap, PrivacyLine, Provenance, RoundPoint, Story
 
 Interval = tuple[float, float]
 
@@ -74,6 +75,21 @@ def summarise(
         params=final.params if final else backbone.parameters(dense_model),
         seconds=sum(map(_seconds, rows)) if seconds is None else seconds,
         provenance=provenance,
+        privacy=_privacy(store, runs),
+    )
+
+
+def _privacy(store: Store, runs: Sequence[int]) -> PrivacyLine | None:
+    found = combined(store, runs)
+    if found is None:
+        return None
+    most, delta = found
+    return PrivacyLine(
+        farm=most.farm,
+        epsilon=finite(most.epsilon(delta)),
+        delta=delta,
+        updates=most.updates,
+        scores=most.scores,
     )
 
 

@@ -145,3 +145,13 @@ def test_a_step_too_small_to_halve_is_given_up() -> None:
     plan = Plan(PlanConfig(rounds=9, warmup=1, prune_events=1, prune_heads=1 / 72), HEADS)
     plan.reject(1, 3)
     assert plan.events == ()
+
+
+def test_a_run_that_ends_early_keeps_what_lies_before() -> None:
+    plan = Plan(PlanConfig(rounds=6, warmup=1, prune_events=2, prune_heads=0.4), HEADS)
+    plan.end_after(2)
+    assert plan.rounds == 2
+    assert plan.events == (1,)
+    assert plan.judged_in(3) == 1, "the last cut is judged by the evaluation after the last round"
+    plan.reject(1, 3)
+    assert not plan.events, "nothing is tried again behind the end"
