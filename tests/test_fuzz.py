@@ -6,7 +6,7 @@ import pytest
 from tests.lab import fuzz
 from tests.lab.fuzz import Target, described, targets
 
-SLOW = {"step": 300, "tensors": 300, "chain": 500}
+SLOW = {"step": 100, "tensors": 100, "chain": 500}
 
 
 @pytest.mark.parametrize("name", sorted(targets()))
