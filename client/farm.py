@@ -16,6 +16,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from client import traffic
 from client.align import Aligned, align
 from client.scores import FarmScores, score_units
 from client.state import FarmState
@@ -121,7 +122,8 @@ class Farm:
         cached = self._state.load_reply(request, work)
         if isinstance(cached, AlignReply | EvaluateReply):
             log.info("run %d round %d: answered from disk", request.run, request.round)
-            return cached.model_copy(update={"attempt": request.attempt})
+            counted = traffic.fields(self._state.folder)
+            return cached.model_copy(update={"attempt": request.attempt, **counted})
         reply: AlignReply | EvaluateReply
         if isinstance(request, AlignRequest):
             reply = self._align(request)
@@ -131,7 +133,8 @@ class Farm:
             self._state.save_reply(request, work, reply)
         except DiskError as error:  # the work is done: better sent without a copy than not at all
             log.error("%s", error)
-        return reply
+        # counted now, and now again when the reply is sent again: the counters never go backwards
+        return reply.model_copy(update=traffic.fields(self._state.folder))
 
     def report(self) -> dict[str, str | int | float]:
         """Accuracy of the newest backbone on the test part, for the farm's own eyes.

@@ -12,7 +12,7 @@ from common.errors import StateError
 from common.mask import Mask
 from common.scores import UnitScores
 from server.consensus import rank_correlation
-from server.rows import GUARD, RunRow
+from server.rows import GUARD, FarmRow, RunRow
 from server.store import Store
 from server.story import percent, size_text
 
@@ -102,23 +102,42 @@ def _rounds(store: Store, run: int) -> list[dict[str, Any]]:
 
 
 def _farms(store: Store, run: int) -> list[dict[str, Any]]:
-    traffic = store.traffic(run)
-    reports: dict[int, dict[str, float]] = {}
+    """A line per farm; one that slept or was started again has been several nodes."""
+    traffic, link = store.traffic(run), _link(store, run)
+    reports: dict[str, dict[str, float]] = {}
     for report in store.reports(run):
         if report.label != GUARD:
-            reports.setdefault(report.node, {})[report.label] = report.accuracy
-    return [
-        {
-            "farm": row.farm,
-            "images": row.examples,
-            "classes": row.classes,
-            "reports": reports.get(row.node, {}),
-            "bytes_up": sum(line.bytes_up for line in traffic if line.node == row.node),
-            "bytes_down": sum(line.bytes_down for line in traffic if line.node == row.node),
-            "rejected": row.rejected,
-        }
-        for row in store.farms(run)
-    ]
+            reports.setdefault(report.farm, {})[report.label] = report.accuracy
+    nodes: dict[str, list[FarmRow]] = {}
+    for row in store.farms(run):
+        nodes.setdefault(row.farm, []).append(row)
+    lines = []
+    for farm, rows in nodes.items():
+        newest = max(rows, key=lambda row: row.last_seen)
+        sent, received = link.get(farm, (None, None))
+        lines.append(
+            {
+                "farm": farm,
+                "images": newest.examples,
+                "classes": newest.classes,
+                "reports": reports.get(farm, {}),
+                "bytes_up": sum(line.bytes_up for line in traffic if line.farm == farm),
+                "bytes_down": sum(line.bytes_down for line in traffic if line.farm == farm),
+                "link_sent": sent,
+                "link_received": received,
+                "rejected": sum(row.rejected for row in rows),
+            }
+        )
+    return lines
+
+
+def _link(store: Store, run: int) -> dict[str, tuple[int, int]]:
+    """Bytes sent and received at the socket, of the farms that count them."""
+    totals: dict[str, tuple[int, int]] = {}
+    for row in store.link_bytes(run):
+        sent, received = totals.get(row.farm, (0, 0))
+        totals[row.farm] = sent + row.sent, received + row.received
+    return totals
 
 
 def show(values: dict[str, Any]) -> Group:
@@ -136,7 +155,8 @@ def show(values: dict[str, Any]) -> Group:
             percent(row["heads_kept_ratio"], 0),
             "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         )
-    farms = _table("farms", "farm", "images", "classes", "test accuracy", "up", "down", "rejected")
+    columns = ("farm", "images", "classes", "test accuracy", "up", "down", "at the socket")
+    farms = _table("farms", *columns, "rejected")
     for row in values["farms"]:
         reports = ", ".join(f"{label} {value:.3f}" for label, value in row["reports"].items())
         farms.add_row(
@@ -146,6 +166,7 @@ def show(values: dict[str, Any]) -> Group:
             reports or "-",
             size_text(row["bytes_up"]),
             size_text(row["bytes_down"]),
+            _socket_text(row),
             str(row["rejected"]),
         )
     parts += [rounds, farms, Text("mask", "bold"), Text(values["mask"]["text"])]
@@ -166,6 +187,13 @@ def show(values: dict[str, Any]) -> Group:
         reasons = ", ".join(f"{reason} {count}" for reason, count in values["rejected"].items())
         parts.append(Text(f"rejected replies: {reasons}"))
     return Group(*parts)
+
+
+def _socket_text(row: dict[str, Any]) -> str:
+    """Up and down, with all that Flower sends around the messages."""
+    if row["link_sent"] is None:
+        return "-"
+    return f"{size_text(row['link_sent'])} up, {size_text(row['link_received'])} down"
 
 
 def _table(title: str, *columns: str) -> Table:
