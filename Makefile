@@ -13,7 +13,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test chaos liars scale stragglers lint format clean
+.PHONY: demo test chaos idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -22,7 +22,7 @@ test: $(STAMP) lint
 	$(BIN)/python -P -m pytest
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
-chaos liars scale stragglers: $(STAMP)
+chaos idle liars scale stragglers: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.$@
 
 lint: $(STAMP)
