@@ -84,7 +84,9 @@ def _counted(state: Path) -> dict[str, int]:
 
 def summary(wakes: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the wakes, and days made of them; bytes."""
-    mean = {key: fmean(wake[key] for wake in wakes) for key in wakes[0] if key != "cell"}
+    kinds = [f"{kind}_{name}" for kind in ("wake", "connect") for name in NAMES]
+    kinds += [f"polling_{name}_per_second" for name in NAMES]
+    mean = {kind: fmean(wake[kind] for wake in wakes) for kind in kinds}
     rate = sum(mean[f"polling_{name}_per_second"] for name in NAMES)
     connect = sum(mean[f"connect_{name}"] for name in NAMES)
     farm = FarmSection(name="idle", data=Path("none"))
