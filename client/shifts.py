@@ -7,7 +7,9 @@ was no work for a while.
 
 Two signs tell of work, each where the other is blind: a process that answers a request (it may
 train for an hour and send nothing), and the body of a message on the link (Flower fetches a
-request before that process starts, and sends its reply after it has ended). Polls are neither.
+request before that process starts, and sends its reply after it has ended). Polls are neither. A
+small request that is fetched in the very second in which the farm falls asleep is lost, as it may
+be on any link; the server asks again.
 """
 
 import logging
