@@ -155,8 +155,8 @@ def show(values: dict[str, Any]) -> Group:
             percent(row["heads_kept_ratio"], 0),
             "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         )
-    columns = ("farm", "images", "classes", "test accuracy", "up", "down", "at the socket")
-    farms = _table("farms", *columns, "rejected")
+    columns = ("farm", "images", "classes", "test accuracy", "messages", "at socket", "rejected")
+    farms = _table("farms", *columns)
     for row in values["farms"]:
         reports = ", ".join(f"{label} {value:.3f}" for label, value in row["reports"].items())
         farms.add_row(
@@ -164,9 +164,8 @@ def show(values: dict[str, Any]) -> Group:
             str(row["images"]),
             str(row["classes"]),
             reports or "-",
-            size_text(row["bytes_up"]),
-            size_text(row["bytes_down"]),
-            _socket_text(row),
+            _both_ways(row["bytes_up"], row["bytes_down"]),
+            _both_ways(row["link_sent"], row["link_received"]),
             str(row["rejected"]),
         )
     parts += [rounds, farms, Text("mask", "bold"), Text(values["mask"]["text"])]
@@ -189,11 +188,9 @@ def show(values: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _socket_text(row: dict[str, Any]) -> str:
-    """Up and down, with all that Flower sends around the messages."""
-    if row["link_sent"] is None:
-        return "-"
-    return f"{size_text(row['link_sent'])} up, {size_text(row['link_received'])} down"
+def _both_ways(up: int | None, down: int | None) -> str:
+    """Two short lines; at the socket with all that Flower sends around the messages."""
+    return "-" if up is None or down is None else f"{size_text(up)} up\n{size_text(down)} down"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -181,4 +181,7 @@ def test_status_shows_them_beside_the_messages_and_once_per_farm(tmp_path: Path)
     assert (rice["farm"], rice["bytes_up"], rice["link_sent"]) == ("rice", 500, None)
     console = Console(width=120, record=True)
     console.print(status.show(values))
-    assert "6.00 kB up, 91.0 kB down" in console.export_text()
+    shown = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "mango 30 3 - 1.00 kB up 6.00 kB up 1" in shown
+    assert "0 B down 91.0 kB down" in shown
+    assert "rice 20 3 - 500 B up - 0" in shown
