@@ -13,7 +13,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test bench-bytes chaos fuzz liars scale stragglers lint format clean
+.PHONY: demo test bench-bytes chaos fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -25,7 +25,7 @@ bench-bytes: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bytes
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
-chaos fuzz liars scale stragglers: $(STAMP)
+chaos fuzz idle liars scale stragglers: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.$@
 
 lint: $(STAMP)

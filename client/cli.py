@@ -60,6 +60,19 @@ def run_farm(folder: Folder, log: LogOption = "text") -> None:
     run_supernode(config, folder / "farm.toml", folder / "state")
 
 
+@app.command(epilog="Example: fieldfed-client wake farms/apple")
+def wake(folder: Folder) -> None:
+    """Connect a farm on a metered link now, and for as long as there is work."""
+    from client.shifts import notify
+
+    config = load_settings(FarmConfig, folder / "farm.toml")
+    notify(folder / "state")
+    if config.farm.link == "always":
+        print(f"farm {config.farm.name} never sleeps: its link is not metered")
+    else:
+        print(f"farm {config.farm.name} wakes within seconds if it runs, else when it is started")
+
+
 @app.command(epilog="Example: fieldfed-client evaluate farms/apple --json")
 def evaluate(
     folder: Folder,

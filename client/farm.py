@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from client import traffic
 from client.align import Aligned, align
 from client.privacy import Curtain
 from client.residual import Coded, carried, encode
@@ -124,7 +125,8 @@ class Farm:
         cached = self._state.load_reply(request, work)
         if isinstance(cached, AlignReply | EvaluateReply):
             log.info("run %d round %d: answered from disk", request.run, request.round)
-            return cached.model_copy(update={"attempt": request.attempt})
+            counted = traffic.fields(self._state.folder)
+            return cached.model_copy(update={"attempt": request.attempt, **counted})
         reply: AlignReply | EvaluateReply
         lost = None
         if isinstance(request, AlignRequest):
@@ -135,7 +137,8 @@ class Farm:
             self._state.save_reply(request, work, reply, lost)
         except DiskError as error:  # the work is done: better sent without a copy than not at all
             log.error("%s", error)
-        return reply
+        # counted now, and now again when the reply is sent again: the counters never go backwards
+        return reply.model_copy(update=traffic.fields(self._state.folder))
 
     def report(self) -> dict[str, str | int | float]:
         """Accuracy of the newest backbone on the test part, for the farm's own eyes.

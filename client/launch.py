@@ -1,7 +1,8 @@
 """Starts and supervises a farm's programs: Flower's SuperNode, and the executor of its requests.
 
 The SuperNode fetches requests and starts ``flwr-clientapp`` for each, which has the executor answer
-it (client/executor.py).
+it (client/executor.py). It reaches the server through a relay that counts (client/relay.py), and on
+a metered link it runs only while the farm is awake (client/shifts.py).
 """
 
 import json
@@ -12,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import client.messenger
+from client.relay import Relay
+from client.shifts import Signs, keep_shifts
 from common.config import FarmConfig
 from common.errors import ConfigError
 from common.files import write_atomically
@@ -61,15 +64,21 @@ def run_supernode(
     if not config_path.is_file():
         raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
     env = _environment(config, state_dir)
-    children = [executor(state_dir, env), supernode(config, config_path, state_dir, env)]
     stop = stop or threading.Event()
+    link = Relay(config.farm.superlink, state_dir)
     try:
-        with terminate_like_interrupt(), Supervisor() as supervisor:
-            for child in children:
-                supervisor.start(child)
+        with terminate_like_interrupt(), link, Supervisor() as supervisor:
+            worker = executor(state_dir, env)
+            node = supernode(config_path, state_dir, link.address, env)
+            supervisor.start(worker)
             log.info("%s works for the server at %s", config.farm.name, config.farm.superlink)
-            while not stop.wait(1.0):
-                pass
+            if config.farm.link == "metered":
+                signs = Signs(link, worker, node)
+                keep_shifts(config.farm, state_dir, supervisor, node, signs, stop.wait)
+            else:
+                supervisor.start(node)
+                while not stop.wait(1.0):
+                    pass
     except KeyboardInterrupt:
         log.info("%s stopped", config.farm.name)
 
@@ -84,10 +93,11 @@ def executor(state_dir: Path, env: Mapping[str, str]) -> Child:
     return Child("executor", lambda: command, logs / "executor.log", env)
 
 
-def supernode(
-    config: FarmConfig, config_path: Path, state_dir: Path, env: Mapping[str, str]
-) -> Child:
-    """The SuperNode of a farm, ready to start; writes what it and its children read."""
+def supernode(config_path: Path, state_dir: Path, link: str, env: Mapping[str, str]) -> Child:
+    """The SuperNode of a farm, ready to start; writes what it and its children read.
+
+    ``link`` is the address of the relay to the server.
+    """
     node_config = flower_home(state_dir) / "node.toml"  # a file: paths need no quoting
     values = {"config": str(config_path.absolute()), "state-dir": str(state_dir.absolute())}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
@@ -97,7 +107,7 @@ def supernode(
         return [
             "flower-supernode",
             "--insecure",
-            *("--superlink", config.farm.superlink),
+            *("--superlink", link),
             # its children reach it there; another port at each start, should one be taken
             *("--host", _LOCAL, "--port", str(free_port(_LOCAL))),
             *("--node-config", str(node_config)),

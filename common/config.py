@@ -233,6 +233,15 @@ class FarmSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
     data: Path = Field(description="CLASS/*.jpg, or train/CLASS and test/CLASS")
     superlink: str = Field(default="127.0.0.1:8000", pattern=r"^[^\s:/]+:\d{1,5}$")
+    link: Literal["always", "metered"] = Field(
+        default="always", description="metered: connected only while awake"
+    )
+    wake_hours: float = Field(
+        default=6.0, gt=0, le=168, description="a metered farm sleeps so long, or until it is woken"
+    )
+    awake_minutes: float = Field(
+        default=10.0, gt=0, le=1440, description="and goes to sleep after so long without work"
+    )
     per_class: int | None = Field(default=None, ge=5, description="few-shot: training images used")
     seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads; 0: all")

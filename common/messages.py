@@ -101,7 +101,11 @@ class AlignRequest(Work):
 
 
 class Done(Message):
-    """What every reply to work says: whose it is, to which request, and how well the base did."""
+    """What every reply to work says: whose it is, to which request, and how well the base did.
+
+    ``link_sent`` and ``link_received`` are the bytes at the farm's socket over its life, as they
+    stand when the reply is sent; absent where nobody counts. The reply's own way up is in the next.
+    """
 
     run: int = Field(ge=0, lt=2**53)
     round: int = Field(ge=0, le=1_000_000)
@@ -113,6 +117,8 @@ class Done(Message):
     accuracy: Ratio
     f1: Ratio
     seconds: Finite = Field(ge=0)
+    link_sent: int | None = Field(default=None, ge=0, lt=2**50)
+    link_received: int | None = Field(default=None, ge=0, lt=2**50)
 
 
 class AlignReply(Done):

@@ -246,14 +246,18 @@ def rotate(log_file: Path) -> None:
 def stop_all(children: Sequence[Child], seconds: float = STOP_SECONDS) -> None:
     """SIGTERM to every process of every child, SIGKILL to those that live on; returns when gone."""
     with _undisturbed():
-        _signal(children, signal.SIGTERM)
-        deadline = time.monotonic() + seconds
-        while any(child.observe() for child in children) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        # Again and again: a process may have started another one just before it was killed.
-        deadline = time.monotonic() + seconds
-        while _signal(children, signal.SIGKILL) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _end(children, seconds)
+
+
+def _end(children: Sequence[Child], seconds: float) -> None:
+    _signal(children, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while any(child.observe() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # Again and again: a process may have started another one just before it was killed.
+    deadline = time.monotonic() + seconds
+    while _signal(children, signal.SIGKILL) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for child in children:
         if child.returncode is None and child.pid is not None:
             log.error("process %d (%s) cannot be ended", child.pid, child.name)
@@ -320,7 +324,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._watched: list[_Watch] = []
         self._period, self._first_delay = watch_seconds, first_delay_seconds
-        self._ended = threading.Event()
+        self._ended, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def __enter__(self) -> Self:
@@ -343,11 +347,22 @@ class Supervisor:
             ready()
         self._watched.append(_Watch(child))
 
+    def stop(self, child: Child, seconds: float = STOP_SECONDS) -> None:
+        """Stop one child with all that it started, and watch it no more; it may be started again.
+
+        Ctrl-C interrupts this; the child is then stopped with the others.
+        """
+        with self._lock:  # not in the middle of a restart
+            self._watched = [watch for watch in self._watched if watch.child is not child]
+        _end([child], seconds)
+        self._children.remove(child)
+
     def _watch(self) -> None:
         while not self._ended.wait(self._period):
-            for watch in list(self._watched):
-                watch.child.observe()
-                self._care_for(watch)
+            with self._lock:
+                for watch in self._watched:
+                    watch.child.observe()
+                    self._care_for(watch)
 
     def _care_for(self, watch: "_Watch") -> None:
         now = time.monotonic()

@@ -182,10 +182,29 @@ _FOURTH: Migration = (
     "ALTER TABLE replies ADD COLUMN length INTEGER NOT NULL DEFAULT 0",
 )
 
-# Scores cost privacy, whether or not any of them arrived.
-_SCORED: Migration = ("ALTER TABLE rounds ADD COLUMN scored INTEGER NOT NULL DEFAULT 0",)
+# Bytes at the farms' sockets. Farms are known by name here: a node's number changes whenever its
+# farm wakes, and counters belong to the farm's life, over all runs.
+_FIFTH: Migration = (
+    """CREATE TABLE link_counters (
+        farm TEXT PRIMARY KEY,
+        sent INTEGER NOT NULL,
+        received INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE link_bytes (
+        run INTEGER NOT NULL REFERENCES runs,
+        round INTEGER NOT NULL,
+        kind TEXT NOT NULL CHECK (kind IN ('align', 'evaluate')),
+        farm TEXT NOT NULL,
+        sent INTEGER NOT NULL,
+        received INTEGER NOT NULL,
+        PRIMARY KEY (run, round, kind, farm)
+    ) STRICT, WITHOUT ROWID""",
+)
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _SCORED)
+# Scores cost privacy, whether or not any of them arrived.
+_SIXTH: Migration = ("ALTER TABLE rounds ADD COLUMN scored INTEGER NOT NULL DEFAULT 0",)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

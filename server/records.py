@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import RejectReason, StateError
-from common.messages import AlignReply, EvaluateReply
+from common.messages import AlignReply, Done, EvaluateReply
 from server.database import Database
 from server.rows import (
+    LinkRow,
     PauseRow,
     RejectionRow,
     ReplyRow,
@@ -92,6 +93,7 @@ class Records(Database):
                     *(reply.round, reply.steps, reply.train_seconds),
                 ),
             )
+            _count_link(db, run, number, "align", reply)
         return True
 
     def replies(self, run: int, number: int) -> list[ReplyRow]:
@@ -218,6 +220,14 @@ class Records(Database):
             run,
         )
 
+    def link_bytes(self, run: int) -> list[LinkRow]:
+        """Bytes at the sockets of the farms that count them, by round, kind and farm."""
+        return self._all(
+            LinkRow,
+            "SELECT * FROM link_bytes WHERE run = ? ORDER BY round, kind, farm",
+            run,
+        )
+
     def record_report(
         self, run: int, label: str, node: int, size_bytes: int, reply: EvaluateReply
     ) -> bool:
@@ -239,6 +249,8 @@ class Records(Database):
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 (run, label, node, reply.round, reply.farm, reply.base, *metrics, now),
             )
+            if cursor.rowcount == 1:
+                _count_link(db, run, reply.round, "evaluate", reply)
             return cursor.rowcount == 1
 
     def reports(self, run: int, label: str | None = None) -> list[ReportRow]:
@@ -275,3 +287,33 @@ def _count_up(
         (run, number, kind, node, size_bytes),
     )
     db.execute("UPDATE farms SET last_seen = ? WHERE run = ? AND node = ?", (now, run, node))
+
+
+def _count_link(
+    db: sqlite3.Connection, run: int, number: int, kind: RoundKind, reply: Done
+) -> None:
+    """What the farm's own counters grew by since its reply before, in whatever run.
+
+    Counters that have gone backwards belong to a state folder that was wiped: they began at zero
+    again, as those of a farm that is new here did.
+    """
+    if reply.link_sent is None or reply.link_received is None:
+        return
+    now = (reply.link_sent, reply.link_received)
+    row = db.execute(
+        "SELECT sent, received FROM link_counters WHERE farm = ?", (reply.farm,)
+    ).fetchone()
+    before = (0, 0) if row is None else (row["sent"], row["received"])
+    if now[0] < before[0] or now[1] < before[1]:
+        before = (0, 0)
+    db.execute(
+        "INSERT INTO link_counters (farm, sent, received) VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+        "SET sent = excluded.sent, received = excluded.received",
+        (reply.farm, *now),
+    )
+    db.execute(
+        "INSERT INTO link_bytes (run, round, kind, farm, sent, received) VALUES (?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET sent = sent + excluded.sent, "
+        "received = received + excluded.received",
+        (run, number, kind, reply.farm, now[0] - before[0], now[1] - before[1]),
+    )

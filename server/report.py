@@ -310,11 +310,15 @@ def _traffic(story: Story) -> Element:
     up, down = (f"{size_text(size)} per farm and round." for size in story.mean_bytes())
     first = [fmean(p.bytes_down.values()) for p in story.rounds if p.round == 0 and p.bytes_down]
     down += f" Before the first round {size_text(first[0])}." if first else ""
+    if link := story.mean_link_bytes():
+        up += f" At the socket {size_text(link[0])}, with all that Flower sends around it."
+        down += f" At the socket {size_text(link[1])}."
     panels = (_panel("Sent", up, sent), _panel("Received", down, received))
     pair = node("div", *panels, class_="pair")
     head = node("tr", node("th", "Farm", scope="col"))
     head.extend(node("th", f"Round {point.round}", scope="col") for point in story.rounds)
     head.append(node("th", "In all", scope="col"))
+    head.append(node("th", "At the socket, per round", scope="col"))
     rows = [_traffic_row(story, line.farm) for line in story.farms]
     table = _table("Bytes of every farm in every round: sent, and received below.", head, rows)
     details = node("details", node("summary", "Bytes by farm and round"), table)
@@ -323,10 +327,11 @@ def _traffic(story: Story) -> Element:
 
 def _traffic_row(story: Story, farm: str) -> Element:
     cells = [_both(p.bytes_up.get(farm), p.bytes_down.get(farm)) for p in story.rounds]
-    return node("tr", node("th", farm, scope="row"), *cells, _both(*story.total_bytes(farm)))
+    cells += [_both(*story.total_bytes(farm)), _both(*story.mean_link_bytes(farm) or (None, None))]
+    return node("tr", node("th", farm, scope="row"), *cells)
 
 
-def _both(up: int | None, down: int | None) -> Element:
+def _both(up: float | None, down: float | None) -> Element:
     sent, received = ("-" if size is None else size_text(size) for size in (up, down))
     return node("td", sent, node("br"), node("span", received, class_="muted"))
 

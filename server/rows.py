@@ -171,6 +171,21 @@ class TrafficRow:
 
 
 @dataclass(frozen=True)
+class LinkRow:
+    """What a farm's socket carried for one round, as the farm counted it.
+
+    From its reply before to its reply in this round, so with the polls of the time between and the
+    way up of the reply before; this reply's own way up is in the next row.
+    """
+
+    round: int
+    kind: RoundKind
+    farm: str
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True)
 class ReportRow:
     """Test accuracy of one farm on ``base`` with a refitted classifier."""
 

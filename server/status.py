@@ -13,7 +13,7 @@ from common.mask import Mask
 from common.scores import UnitScores
 from server import privacy
 from server.consensus import rank_correlation
-from server.rows import GUARD, RunRow
+from server.rows import GUARD, FarmRow, RunRow
 from server.store import Store
 from server.story import percent, size_text
 
@@ -104,23 +104,42 @@ def _rounds(store: Store, run: int) -> list[dict[str, Any]]:
 
 
 def _farms(store: Store, run: int) -> list[dict[str, Any]]:
-    traffic = store.traffic(run)
-    reports: dict[int, dict[str, float]] = {}
+    """A line per farm; one that slept or was started again has been several nodes."""
+    traffic, link = store.traffic(run), _link(store, run)
+    reports: dict[str, dict[str, float]] = {}
     for report in store.reports(run):
         if report.label != GUARD:
-            reports.setdefault(report.node, {})[report.label] = report.accuracy
-    return [
-        {
-            "farm": row.farm,
-            "images": row.examples,
-            "classes": row.classes,
-            "reports": reports.get(row.node, {}),
-            "bytes_up": sum(line.bytes_up for line in traffic if line.node == row.node),
-            "bytes_down": sum(line.bytes_down for line in traffic if line.node == row.node),
-            "rejected": row.rejected,
-        }
-        for row in store.farms(run)
-    ]
+            reports.setdefault(report.farm, {})[report.label] = report.accuracy
+    nodes: dict[str, list[FarmRow]] = {}
+    for row in store.farms(run):
+        nodes.setdefault(row.farm, []).append(row)
+    lines = []
+    for farm, rows in nodes.items():
+        newest = max(rows, key=lambda row: row.last_seen)
+        sent, received = link.get(farm, (None, None))
+        lines.append(
+            {
+                "farm": farm,
+                "images": newest.examples,
+                "classes": newest.classes,
+                "reports": reports.get(farm, {}),
+                "bytes_up": sum(line.bytes_up for line in traffic if line.farm == farm),
+                "bytes_down": sum(line.bytes_down for line in traffic if line.farm == farm),
+                "link_sent": sent,
+                "link_received": received,
+                "rejected": sum(row.rejected for row in rows),
+            }
+        )
+    return lines
+
+
+def _link(store: Store, run: int) -> dict[str, tuple[int, int]]:
+    """Bytes sent and received at the socket, of the farms that count them."""
+    totals: dict[str, tuple[int, int]] = {}
+    for row in store.link_bytes(run):
+        sent, received = totals.get(row.farm, (0, 0))
+        totals[row.farm] = sent + row.sent, received + row.received
+    return totals
 
 
 def show(values: dict[str, Any]) -> Group:
@@ -138,7 +157,8 @@ def show(values: dict[str, Any]) -> Group:
             percent(row["heads_kept_ratio"], 0),
             "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         )
-    farms = _table("farms", "farm", "images", "classes", "test accuracy", "up", "down", "rejected")
+    columns = ("farm", "images", "classes", "test accuracy", "messages", "at socket", "rejected")
+    farms = _table("farms", *columns)
     for row in values["farms"]:
         reports = ", ".join(f"{label} {value:.3f}" for label, value in row["reports"].items())
         farms.add_row(
@@ -146,8 +166,8 @@ def show(values: dict[str, Any]) -> Group:
             str(row["images"]),
             str(row["classes"]),
             reports or "-",
-            size_text(row["bytes_up"]),
-            size_text(row["bytes_down"]),
+            _both_ways(row["bytes_up"], row["bytes_down"]),
+            _both_ways(row["link_sent"], row["link_received"]),
             str(row["rejected"]),
         )
     parts += [rounds, farms, Text("mask", "bold"), Text(values["mask"]["text"])]
@@ -170,6 +190,11 @@ def show(values: dict[str, Any]) -> Group:
         reasons = ", ".join(f"{reason} {count}" for reason, count in values["rejected"].items())
         parts.append(Text(f"rejected replies: {reasons}"))
     return Group(*parts)
+
+
+def _both_ways(up: int | None, down: int | None) -> str:
+    """Two short lines; at the socket with all that Flower sends around the messages."""
+    return "-" if up is None or down is None else f"{size_text(up)} up\n{size_text(down)} down"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -20,6 +20,7 @@ from server.rows import (
     CandidateRow,
     FarmRow,
     Floats,
+    LinkRow,
     RejectionRow,
     ReplyRow,
     ReportRow,
@@ -34,6 +35,7 @@ from server.rows import (
 __all__ = [
     "CandidateRow",
     "FarmRow",
+    "LinkRow",
     "RejectionRow",
     "ReplyRow",
     "ReportRow",

@@ -54,6 +54,10 @@ class RoundPoint(Chapter):
     accuracy: dict[str, Ratio] = Field(default_factory=dict, description="by farm")
     bytes_up: dict[str, Count] = Field(default_factory=dict, description="by farm")
     bytes_down: dict[str, Count] = Field(default_factory=dict, description="by farm")
+    link_sent: dict[str, Count] = Field(
+        default_factory=dict, description="at the socket since its reply before, by farm"
+    )
+    link_received: dict[str, Count] = Field(default_factory=dict, description="the same")
     seconds: Seconds = 0.0
     event: str | None = Field(default=None, description="a prune event, in words")
 
@@ -143,6 +147,17 @@ class Story(Chapter):
         up = [point.bytes_up for point in self.played()]
         down = [point.bytes_down for point in self.played()]
         return _mean_size(up, farm), _mean_size(down, farm)
+
+    def mean_link_bytes(self, farm: str | None = None) -> tuple[float, float] | None:
+        """The same at the socket (sent, received), with all that Flower sends around messages.
+
+        None where nobody counted.
+        """
+        sent = [point.link_sent for point in self.played()]
+        received = [point.link_received for point in self.played()]
+        if not any(farm in by or (farm is None and by) for by in sent):
+            return None
+        return _mean_size(sent, farm), _mean_size(received, farm)
 
     def result(self) -> dict[str, Any]:
         """The contents of ``result.json``; accuracies as ratios, absent runs None.

@@ -1,15 +1,17 @@
 """From the store to a story: what happened in one run, or in several that belong together."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from common import backbone
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.models import Models
 from server.privacy import combined, finite
-from server.rows import GUARD, CandidateRow, RoundRow, RunRow, TrafficRow
+from server.rows import GUARD, CandidateRow, LinkRow, RoundRow, RunRow, TrafficRow
 from server.store import Store
 from server.story import FarmLine, HeadMap, PrivacyLine, Provenance, RoundPoint, Story
 
@@ -147,8 +149,8 @@ def _mean(lines: Sequence[FarmLine]) -> FarmLine:
 
 
 def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -> list[RoundPoint]:
-    traffic = store.traffic(run.run)
-    points = [_before(traffic)]
+    traffic, link = store.traffic(run.run), store.link_bytes(run.run)
+    points = [_before(traffic, link)]
     heads = 1.0
     for row in store.rounds(run.run):
         if row.kind != "align" or row.state != "committed" or row.round not in candidates:
@@ -164,8 +166,7 @@ def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -
                 accuracy={
                     reply.farm: reply.accuracy for reply in store.replies(run.run, row.round)
                 },
-                bytes_up={line.farm: line.bytes_up for line in mine},
-                bytes_down={line.farm: line.bytes_down for line in mine},
+                **_sizes(mine, [b for b in link if b.round == row.round and b.kind == "align"]),
                 seconds=_round_seconds(row),
                 event=_event(row, heads, points[-1].macs_ratio),
             )
@@ -174,16 +175,29 @@ def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -
     return points
 
 
-def _before(traffic: Sequence[TrafficRow]) -> RoundPoint:
+def _before(traffic: Sequence[TrafficRow], link: Sequence[LinkRow]) -> RoundPoint:
     """Before the first round: reports on the first backbone, and its download."""
     first = [line for line in traffic if line.round == 0]
     return RoundPoint(
         round=0,
         macs_ratio=1.0,
         heads_kept_ratio=1.0,
-        bytes_up={line.farm: line.bytes_up for line in first},
-        bytes_down={line.farm: line.bytes_down for line in first},
+        **_sizes(first, [row for row in link if row.round == 0]),
     )
+
+
+def _sizes(traffic: Sequence[TrafficRow], link: Sequence[LinkRow]) -> dict[str, Any]:
+    """Bytes of one round by farm, as fields of its point; a farm may have been several nodes."""
+    sums: dict[str, Counter[str]] = {
+        name: Counter() for name in ("bytes_up", "bytes_down", "link_sent", "link_received")
+    }
+    for line in traffic:
+        sums["bytes_up"][line.farm] += line.bytes_up
+        sums["bytes_down"][line.farm] += line.bytes_down
+    for row in link:
+        sums["link_sent"][row.farm] += row.sent
+        sums["link_received"][row.farm] += row.received
+    return {name: dict(counter) for name, counter in sums.items()}
 
 
 def _round_seconds(row: RoundRow) -> float:

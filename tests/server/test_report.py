@@ -144,6 +144,17 @@ def test_headline_and_tables_show_the_figures(tmp_path: Path) -> None:
     assert words.count("\u22125.0") == 1  # north, pruned minus dense
 
 
+def test_bytes_at_the_socket_are_shown_where_they_are_counted(tmp_path: Path) -> None:
+    counted = {"link_sent": {"north": 98_765}, "link_received": {"north": 4321}}
+    rounds = tuple(point.model_copy(update=counted) for point in story().rounds)
+    _, reader = report(tmp_path, story(rounds=rounds))
+    words = " ".join(reader.text)
+    assert "At the socket 98.8 kB, with all that Flower sends around it." in words
+    assert "At the socket 4.32 kB." in words
+    _, reader = report(tmp_path, story())
+    assert "At the socket 9" not in " ".join(reader.text)
+
+
 def test_every_picture_has_a_text_alternative(tmp_path: Path) -> None:
     _, reader = report(tmp_path, story(), {"north": [JPEG, JPEG]})
     for tag, has in reader.elements:

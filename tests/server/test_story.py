@@ -118,6 +118,19 @@ def test_bytes_are_averaged_over_the_rounds_in_which_farms_worked() -> None:
     assert story.total_bytes("north") == (3000, 10_000_500)
 
 
+def test_bytes_at_the_socket_are_averaged_where_they_are_counted() -> None:
+    assert told().mean_link_bytes() is None
+    first, second, third = told().rounds
+    counted = {"link_sent": {"north": 4000, "south": 0}, "link_received": {"north": 9000}}
+    rounds = (first, second.model_copy(update=counted), third)
+    story = told(rounds=rounds)
+    assert story.mean_link_bytes() == (2000.0, 9000.0)
+    assert story.mean_link_bytes("north") == (4000.0, 9000.0)
+    assert story.mean_link_bytes("nobody") is None
+    before = (first.model_copy(update=counted), second, third)
+    assert told(rounds=before).mean_link_bytes() is None, "round 0 is no round of work"
+
+
 def test_heads_are_counted() -> None:
     assert told().heads.counts() == (3, 4)
 

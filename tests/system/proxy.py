@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from io import BufferedIOBase
+from typing import Any, Self, cast
 
 PREFIX = "/v1/fleet/"
 DELAY_SECONDS = 6.0
@@ -54,14 +56,17 @@ def unharmed(_exchange: Exchange) -> Fate:
 class Proxy:
     """Passes requests on; ``choose`` decides about every answer.
 
-    ``suffered`` counts the answers by request name and fate, without those that passed.
+    ``suffered`` counts the answers by request name and fate, without those that passed;
+    ``carried`` the bytes on the farms' side of it, "up" and "down", with the headers of HTTP.
     """
 
     def __init__(self, host: str, port: int, choose: Choose = unharmed) -> None:
         self._lock = threading.Lock()
         self._choose, self._exchanges = choose, list[Exchange]()
         self.suffered: Counter[tuple[str, Fate]] = Counter()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(host, port, self._decide))
+        self.carried: Counter[str] = Counter()
+        handler = _handler(host, port, self._decide, self._count)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.address = f"127.0.0.1:{self._server.server_address[1]}"
 
@@ -81,6 +86,10 @@ class Proxy:
                 self.suffered[exchange.name, fate] += 1
         return fate
 
+    def _count(self, way: str, size: int) -> None:
+        with self._lock:
+            self.carried[way] += size
+
     def take(self) -> list[Exchange]:
         """What has passed since the last call."""
         with self._lock:
@@ -88,11 +97,43 @@ class Proxy:
         return taken
 
 
+class _Counted:
+    """A file of which is counted what is read and written."""
+
+    def __init__(self, file: Any, count: Callable[[int], None]) -> None:
+        self._file, self._count = file, count
+
+    def read(self, size: int = -1) -> bytes:
+        return self._counted(self._file.read(size))
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._counted(self._file.readline(size))
+
+    def write(self, data: bytes) -> int:
+        self._count(len(data))
+        return int(self._file.write(data))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._count(len(data))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _handler(
-    host: str, port: int, decide: Callable[[Exchange], Fate]
+    host: str,
+    port: int,
+    decide: Callable[[Exchange], Fate],
+    count: Callable[[str, int], None],
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = cast(BufferedIOBase, _Counted(self.rfile, partial(count, "up")))
+            self.wfile = cast(BufferedIOBase, _Counted(self.wfile, partial(count, "down")))
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))

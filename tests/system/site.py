@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,7 @@ def open_site(
     root: Path,
     choose: Choose = unharmed,
     settings: Mapping[str, Mapping[str, object]] | None = None,
+    names: Sequence[str] = FARMS,
 ) -> Iterator[Site]:
     """Pre-train, start the server and its farms; everything ends with the context.
 
@@ -108,6 +109,7 @@ def open_site(
         root: an empty folder.
         choose: the fate of what passes between the farms and the server.
         settings: of the server, over those of above.
+        names: of the farms that are started.
     """
     port, server = free_port(), root / "server"
     source = draw_folder(root / "photos" / "source", 3, 16, 7)
@@ -121,14 +123,20 @@ def open_site(
         children.append(up)
         wait_for_port("127.0.0.1", port, 60, up)
         proxy = stack.enter_context(Proxy("127.0.0.1", port, choose))
-        for number, name in enumerate(FARMS):
-            data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
-            folder = str(root / "farms" / name)
-            flags = ("--data", str(data), "--superlink", proxy.address, "--threads", "1")
-            said = call("fieldfed-client", "init", folder, *flags)
-            assert f"farm {name}: {2 + number} classes" in said
+        for number, name in enumerate(names):
+            folder = init_farm(root, name, number, proxy)
             children.append(start(name, command("fieldfed-client", "run", folder), root))
         yield Site(root, up, children[1:], proxy, children)
+
+
+def init_farm(root: Path, name: str, number: int, proxy: Proxy) -> str:
+    """Draw a farm's images and create it; returns its folder."""
+    data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
+    folder = str(root / "farms" / name)
+    flags = ("--data", str(data), "--superlink", proxy.address, "--threads", "1")
+    said = call("fieldfed-client", "init", folder, *flags)
+    assert f"farm {name}: {2 + number} classes" in said
+    return folder
 
 
 def _toml(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
