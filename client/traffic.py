@@ -27,7 +27,7 @@ class Counters(BaseModel):
 
 
 def read(state_dir: Path) -> Counters | None:
-    """The counters on disk, at most about a second old; None where nobody counts."""
+    """The counters on disk, about a second old while messages move; None where nobody counts."""
     try:
         return Counters.model_validate_json((state_dir / FILE).read_bytes())
     except FileNotFoundError:

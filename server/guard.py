@@ -15,17 +15,20 @@ from server.rows import ReplyRow, VerdictRow
 log = logging.getLogger(__name__)
 
 
-def accuracies(replies: Sequence[ReplyRow]) -> dict[int, float]:
-    """Accuracy of a round's base by node; late replies judge an older one and are left out."""
-    return {row.node: row.accuracy for row in replies if row.of_round == row.round}
+def accuracies(replies: Sequence[ReplyRow]) -> dict[str, float]:
+    """Accuracy of a round's base by farm; late replies judge an older one and are left out.
+
+    By name: a farm that slept in between comes back as another node.
+    """
+    return {row.farm: row.accuracy for row in replies if row.of_round == row.round}
 
 
 def judge(
     event: int,
     judged: int,
     mask: str,
-    before: Mapping[int, float],
-    after: Mapping[int, float],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
     max_drop_ratio: float,
 ) -> VerdictRow:
     """The verdict on the cut after round ``event``.
@@ -34,7 +37,7 @@ def judge(
         event: the round that ended with the cut.
         judged: the round whose replies judge it.
         mask: digest of the mask that is judged.
-        before: decide accuracy (ratio) of the backbone before the cut, by node.
+        before: decide accuracy (ratio) of the backbone before the cut, by farm.
         after: of the backbone after its recovery, by node.
         max_drop_ratio: the largest mean loss that is accepted.
 
@@ -42,7 +45,7 @@ def judge(
         Accepted also where no farm evaluated both: nothing speaks against it, and it is logged.
     """
     both = sorted(before.keys() & after.keys())
-    drop = sum(before[node] - after[node] for node in both) / len(both) if both else 0.0
+    drop = sum(before[farm] - after[farm] for farm in both) / len(both) if both else 0.0
     accepted = drop <= max_drop_ratio
     if not both:
         log.warning("no farm evaluated the model before and after round %d's cut", event)

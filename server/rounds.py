@@ -331,7 +331,7 @@ class RoundLoop:
         if event is None:
             return None
         if number > self._plan.rounds:
-            after = {row.node: row.accuracy for row in self._store.reports(self.run, GUARD)}
+            after = {row.farm: row.accuracy for row in self._store.reports(self.run, GUARD)}
         else:
             after = accuracies(self._store.replies(self.run, number))
         before = accuracies(self._store.replies(self.run, event))

@@ -259,8 +259,12 @@ def test_the_counters_are_on_disk_within_seconds_and_not_at_every_byte(
         while time.monotonic() < until:
             connection.sendall(b"0123456789")
             connection.recv(100, socket.MSG_WAITALL)
+        assert len(written) <= 1, "polls alone are not worth a write"
+        connection.sendall(b"0123456789" * 400)
+        for _ in range(400):
+            connection.recv(100, socket.MSG_WAITALL)
         wait_until(lambda: traffic.read(tmp_path) == relay.counters, 5, "the counters on disk")
-        assert 2 <= len(written) <= 6
+        assert len(written) <= 3
 
 
 @pytest.mark.parametrize(

@@ -57,15 +57,15 @@ def says(accuracy: dict[int, float], last: float = 0.9) -> Any:
 def test_the_drop_is_a_paired_mean(
     before: Sequence[float], after: Sequence[float], drop: float, accepted: bool
 ) -> None:
-    older = dict(enumerate(before, start=1)) | {7: 1.0}
-    newer = dict(enumerate(after, start=1)) | {8: 0.0}
+    older = {f"farm{index}": value for index, value in enumerate(before)} | {"gone": 1.0}
+    newer = {f"farm{index}": value for index, value in enumerate(after)} | {"new": 0.0}
     verdict = judge(1, 3, "m" * 64, older, newer, 0.05 + 1e-9)
     assert verdict.drop_ratio == pytest.approx(drop)
     assert (verdict.accepted, verdict.farms) == (accepted, 2)
 
 
 def test_nothing_in_common_speaks_against_nothing() -> None:
-    assert judge(1, 3, "m" * 64, {1: 0.9}, {2: 0.1}, 0.05).accepted
+    assert judge(1, 3, "m" * 64, {"oak": 0.9}, {"vine": 0.1}, 0.05).accepted
 
 
 def test_harmless_cuts_are_accepted(tmp_path: Path) -> None:
