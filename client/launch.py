@@ -65,7 +65,7 @@ def run_supernode(
         raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
     env = _environment(config, state_dir)
     stop = stop or threading.Event()
-    link = Relay(config.farm.superlink, state_dir)
+    link = Relay(config.farm.superlink, state_dir, config.farm.seconds_between_polls)
     try:
         with terminate_like_interrupt(), link, Supervisor() as supervisor:
             worker = executor(state_dir, env)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Self
 
+from client.polls import Polls, Streams, serve
 from client.traffic import Counters, keep, resume
 from common.errors import DiskError, LaunchError
 
@@ -42,9 +43,11 @@ class Relay:
     Args:
         server: ``host:port``.
         state_dir: of the farm; its counters are kept there.
+        poll_seconds: how long a poll that brought nothing is good for; None: for itself alone.
     """
 
-    def __init__(self, server: str, state_dir: Path) -> None:
+    def __init__(self, server: str, state_dir: Path, poll_seconds: float | None = None) -> None:
+        self._polls = None if poll_seconds is None else Polls(poll_seconds)
         host, _, port = server.rpartition(":")
         self._server, self._host, self._port = server, host, int(port)
         self._state_dir = state_dir
@@ -121,18 +124,19 @@ class Relay:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first byte to its last."""
+        connection = _Connection(self)
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
-                far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
-        except OSError as error:  # also a timeout
-            self._tell_reachable(False, error)
+            far = await self._far_end((reader, writer), connection)
+        except OSError:  # also a timeout
             writer.transport.abort()  # Flower tries again, as after a refused connection
             return
         except asyncio.CancelledError:
             writer.transport.abort()
             raise
-        self._tell_reachable(True)
-        connection = _Connection(self)
+        if far is None:
+            await _close(writer)
+            return
+        far_reader, far_writer = far
         ways = {
             asyncio.create_task(connection.copy(reader, far_writer, up=True)),
             asyncio.create_task(connection.copy(far_reader, writer, up=False)),
@@ -145,6 +149,22 @@ class Relay:
                 way.cancel()
             for end in (writer, far_writer):
                 end.transport.abort()  # no harm where it is closed already
+
+    async def _far_end(self, near: Streams, connection: "_Connection") -> Streams | None:
+        """The server's streams, to be copied from and to; None when all is done already."""
+        if self._polls is None:
+            return await self._connect()
+        return await serve(near, self._connect, self._polls, connection.count)
+
+    async def _connect(self) -> Streams:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                streams = await asyncio.open_connection(self._host, self._port)
+        except OSError as error:
+            self._tell_reachable(False, error)
+            raise
+        self._tell_reachable(True)
+        return streams
 
     def count(self, size: int, up: bool, body: bool) -> None:
         """Bytes that have reached this machine's or the server's side of the link."""
@@ -204,7 +224,7 @@ class _Connection:
     ) -> None:
         """One way: until its sender ends it, and then its receiver is told."""
         while data := await reader.read(CHUNK_BYTES):
-            self._count(len(data), up)  # first: who has received it may ask for the count
+            self.count(len(data), up)  # first: who has received it may ask for the count
             writer.write(data)
             await writer.drain()
         if writer.can_write_eof():
@@ -230,7 +250,8 @@ class _Connection:
                 return False
         return True
 
-    def _count(self, size: int, up: bool) -> None:
+    def count(self, size: int, up: bool) -> None:
+        """Bytes at the server's side."""
         self._run = size if up != self._up else self._run + size
         self._up = up
         self._moved += size

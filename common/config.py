@@ -227,6 +227,9 @@ class ServerConfig(Section):
         return self
 
 
+METERED_POLL_SECONDS = 30.0
+
+
 class FarmSection(Section):
     """Who the farm is, where its images are and whom it talks to."""
 
@@ -235,6 +238,9 @@ class FarmSection(Section):
     superlink: str = Field(default="127.0.0.1:8000", pattern=r"^[^\s:/]+:\d{1,5}$")
     link: Literal["always", "metered"] = Field(
         default="always", description="metered: connected only while awake"
+    )
+    poll_seconds: float | None = Field(
+        default=None, ge=3, le=600, description="between asking for work; unset: 3, metered 30"
     )
     wake_hours: float = Field(
         default=6.0, gt=0, le=168, description="a metered farm sleeps so long, or until it is woken"
@@ -258,6 +264,13 @@ class FarmSection(Section):
     max_epsilon: float | None = Field(
         default=None, gt=0, le=1e6, description="of all that ever leaves, at delta 1e-5"
     )
+
+    @property
+    def seconds_between_polls(self) -> float | None:
+        """For which "nothing to do" is believed; None where the link does not count."""
+        if self.poll_seconds is None:
+            return METERED_POLL_SECONDS if self.link == "metered" else None
+        return self.poll_seconds
 
 
 class FarmConfig(Section):
