@@ -73,6 +73,22 @@ def wake(folder: Folder) -> None:
         print(f"farm {config.farm.name} wakes within seconds if it runs, else when it is started")
 
 
+@app.command(epilog="Example: fieldfed-client load farms/apple /media/usb/base.safetensors")
+def load(
+    folder: Folder,
+    backbone_file: Annotated[Path, typer.Argument(help="the server's base.safetensors, or later")],
+) -> None:
+    """Take a backbone from a file, so that it need not come over the link."""
+    from client.state import FarmState
+    from common import backbone
+
+    load_settings(FarmConfig, folder / "farm.toml")  # only a farm has a use for it
+    model, spec = backbone.load_backbone(backbone_file)
+    digest = backbone.digest(model, spec)
+    FarmState(folder / "state").save_backbone(digest, model, spec)
+    print(f"backbone {digest[:12]} is here; steps from it are kilobytes")
+
+
 @app.command(epilog="Example: fieldfed-client evaluate farms/apple --json")
 def evaluate(
     folder: Folder,

@@ -4,19 +4,29 @@
 per class. Accuracy is that of six rounds in the lab (the product's own rounds and farms, two at a
 time), on the whole test parts, in two seeds; differences are paired on the same images. One run
 takes 6 to 12 minutes on two idle cores, all of them about three hours: call it again until it ends.
+Bytes are those of real processes (wire.py); ``ONLY=wire`` or ``ONLY=accuracy`` does one of the two.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
+from common import backbone
 from common.config import TrainConfig
 from server.compare import Interval, paired_bootstrap, verdict
-from tests.benchmarks import plants
+from tests.benchmarks import plants, wire
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.system.slowlink import RURAL
+
+Flags: TypeAlias = npt.NDArray[np.bool_]
+Outcomes: TypeAlias = dict[str, dict[str, list[Flags]]]
 
 ROUNDS, SEEDS = 6, (0, 1)
 DEFAULT = "bias int8"
@@ -28,6 +38,14 @@ SETTINGS = {
     "lora r=8 int8": TrainConfig(trainable="lora", rank=8),
     "full top 1 % int8": TrainConfig(trainable="full", top=0.01),
     "full int8": TrainConfig(trainable="full"),
+}
+WIRE_FARMS = ("apple", "coffee", "rice")
+"""Bytes depend on neither the number of farms nor their images."""
+SEASON = 20
+EXTRA = {
+    "season": {"rounds": SEASON, "idle_seconds": 100.0},
+    "prune event": {"rounds": 3, "prune_heads": 0.4, "prune_events": 1, "warmup": 1},
+    "rural link": {"rounds": 2, "conditions": RURAL},
 }
 BASELINES = {"probe": "frozen probe", "local": "local only"}
 
@@ -45,28 +63,24 @@ def accuracy_cell(setting: str, seed: int) -> Cell:
     return {"setting": setting, "seed": seed, "farms": accuracy, "correct": judged.packed()}
 
 
-def table(cells: Sequence[Cell]) -> list[Cell]:
+def wire_cell(setting: str) -> Cell:
+    """Three real rounds with a setting, or one of the extra runs of the default."""
+    options = EXTRA.get(setting, {"rounds": 3})
+    train = SETTINGS.get(setting, SETTINGS[DEFAULT])
+    measured = wire.measure(train, farms=WIRE_FARMS, **options)  # type: ignore[arg-type]
+    return {"setting": setting, "wire": vars(measured)}
+
+
+def table(learned: Sequence[Cell], wired: Sequence[Cell]) -> list[Cell]:
     """One row per setting and baseline, the best first, each against the best."""
-    outcomes: dict[str, dict[str, list[np.ndarray[tuple[int], np.dtype[np.bool_]]]]] = {}
-    for cell in sorted(cells, key=lambda one: int(one["seed"])):
+    outcomes: Outcomes = {}
+    for cell in sorted(learned, key=lambda one: int(one["seed"])):
         for label, farms in cell["correct"].items():
             name = BASELINES.get(label) or str(cell["setting"])
             for farm, correct in plants.unpacked(farms).items():
                 outcomes.setdefault(name, {}).setdefault(farm, []).append(correct)
-    rows: list[Cell] = []
-    for name, farms in outcomes.items():
-        per_farm = {farm: [float(one.mean()) for one in seeds] for farm, seeds in farms.items()}
-        seeds = len(next(iter(per_farm.values())))
-        means = [fmean(values[index] for values in per_farm.values()) for index in range(seeds)]
-        rows.append(
-            {
-                "setting": name,
-                "mean_accuracy": fmean(means),
-                "per_seed": means,
-                "farms": per_farm,
-                "seeds": list(SEEDS[:seeds]),
-            }
-        )
+    costs = {str(cell["setting"]): ordinary(cell["wire"]["rounds"]) for cell in wired}
+    rows = [_row(name, farms, *costs.get(name, (0.0, 0.0))) for name, farms in outcomes.items()]
     rows.sort(key=lambda row: -float(row["mean_accuracy"]))
     best = outcomes[rows[0]["setting"]]
     for row in rows:
@@ -75,27 +89,83 @@ def table(cells: Sequence[Cell]) -> list[Cell]:
     return rows
 
 
+def ordinary(rounds: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """Bytes up and down of a round; before the first there is no step to be sent down."""
+    return fmean(one["up"] for one in rounds), fmean(one["down"] for one in rounds[1:])
+
+
+def _row(name: str, farms: dict[str, list[Flags]], up: float, down: float) -> Cell:
+    per_farm = {farm: [float(one.mean()) for one in seeds] for farm, seeds in farms.items()}
+    seeds = len(next(iter(per_farm.values())))
+    means = [fmean(values[index] for values in per_farm.values()) for index in range(seeds)]
+    return {
+        "setting": name,
+        "up_bytes_per_round": round(up),
+        "down_bytes_per_round": round(down),
+        "total_bytes": round(ROUNDS * (up + down)),
+        "mean_accuracy": fmean(means),
+        "per_seed": means,
+        "farms": per_farm,
+        "seeds": list(SEEDS[:seeds]),
+    }
+
+
 def _words(interval: Interval) -> str:
     return "the best" if interval == Interval(0, 0, 0) else verdict(interval)
+
+
+def season(rounds: Sequence[dict[str, float]], idle: dict[str, float]) -> Cell:
+    """What a farm that holds the first backbone pays for a season."""
+    up, down = (sum(one[way] for one in rounds) for way in ("up", "down"))
+    return {"rounds": len(rounds), "up": up, "down": down, "total": up + down, "idle_100_s": idle}
+
+
+def rural(measured: Cell) -> Cell:
+    """A round on a bad link beside the least that FedAvg in fp32 would take there."""
+    with torch.device("meta"):
+        numbers = backbone.parameters(backbone.build(backbone.dense_spec(plants.NAME, plants.SIDE)))
+    rate = RURAL.bits_per_second or 1.0
+    return {
+        "rounds": measured["rounds"],
+        "resets": measured["resets"],
+        "conditions": vars(RURAL),
+        "fedavg_fp32_seconds": 2 * 4 * numbers * 8 / rate,
+    }
 
 
 def main() -> None:
     """All cells, then the table."""
     plants.require()
-    cells, done = Cells("bytes"), []
-    for seed in SEEDS:
-        for setting in SETTINGS:
-            work = partial(accuracy_cell, setting, seed)
-            done.append(cells.run(f"{setting}, seed {seed}", work))
-    finished = [cell for cell in done if cell is not None]
-    if len(finished) < len(done):
+    cells, only = Cells("bytes"), os.environ.get("ONLY")
+    wired: list[Cell | None] = []
+    learned: list[Cell | None] = []
+    if only != "accuracy":
+        wired = [
+            cells.run(f"wire: {name}", partial(wire_cell, name)) for name in (*SETTINGS, *EXTRA)
+        ]
+    if only != "wire":
+        for seed in SEEDS:
+            for setting in SETTINGS:
+                work = partial(accuracy_cell, setting, seed)
+                learned.append(cells.run(f"{setting}, seed {seed}", work))
+    if only is not None or None in (*wired, *learned):
         unfinished("bench-bytes")
-        return
-    rows = table(finished)
-    for row in rows:
-        shown = {key: row[key] for key in ("setting", "mean_accuracy", "against_best")}
-        print(json.dumps(shown))
-    print(f"figures: {cells.finish({'rows': rows}, SEEDS, 'make bench-bytes')}")
+    figures = result([one for one in learned if one], [one for one in wired if one])
+    for row in figures["rows"]:
+        print(json.dumps({key: value for key, value in row.items() if key != "farms"}))
+    print(f"figures: {cells.finish(figures, SEEDS, 'make bench-bytes')}")
+
+
+def result(learned: Sequence[Cell], wired: Sequence[Cell]) -> Cell:
+    """All figures."""
+    by_name = {str(cell["setting"]): cell["wire"] for cell in wired}
+    return {
+        "rows": table(learned, wired),
+        "season": season(by_name["season"]["rounds"], by_name["season"]["idle"]),
+        "prune_event": by_name["prune event"]["rounds"],
+        "rural_link": rural(by_name["rural link"]),
+        "commits": sorted({str(cell["commit"]) for cell in (*learned, *wired)}),
+    }
 
 
 if __name__ == "__main__":
