@@ -13,13 +13,17 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test bench-bytes chaos fuzz idle liars scale stragglers lint format clean
+.PHONY: demo test system bench-bytes chaos fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
 
 test: $(STAMP) lint
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -m "not system"
+
+# What takes longer: farms that sleep and wake, a rural link.
+system: $(STAMP)
+	$(BIN)/python -P -m pytest -m system
 
 bench-bytes: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bytes

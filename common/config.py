@@ -265,6 +265,16 @@ class FarmSection(Section):
         default=None, gt=0, le=1e6, description="of all that ever leaves, at delta 1e-5"
     )
 
+    @model_validator(mode="after")
+    def _awake_long_enough(self) -> Self:
+        polls = self.seconds_between_polls or 0.0
+        if self.link == "metered" and 60 * self.awake_minutes < 2 * polls:
+            raise ValueError(
+                f"awake_minutes = {self.awake_minutes:g} is too short to ask for work every "
+                f"{polls:g} s; raise it, or lower poll_seconds"
+            )
+        return self
+
     @property
     def seconds_between_polls(self) -> float | None:
         """For which "nothing to do" is believed; None where the link does not count."""

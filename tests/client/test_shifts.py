@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from client.relay import Relay
 from client.shifts import JITTER, JITTER_SECONDS, Shifts, Signs, keep_shifts, noticed, notify
@@ -180,7 +181,13 @@ def _zombies(child: Child) -> list[psutil.Process]:
 def test_it_sleeps_wakes_by_notice_and_sleeps_again(stand: Stand) -> None:
     supernode = stand.program("supernode", 1, False)
     farm = FarmSection.model_validate(
-        {"name": "oak", "data": "x", "link": "metered", "awake_minutes": 2 / 60}
+        {
+            "name": "oak",
+            "data": "x",
+            "link": "metered",
+            "awake_minutes": 6 / 60,
+            "poll_seconds": 3,
+        }
     )
     end = threading.Event()
     at_work = threading.Event()
@@ -240,3 +247,12 @@ def test_a_link_is_always_on_unless_told() -> None:
 def test_launching_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import client.launch, client.shifts"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
+
+
+def test_a_farm_is_awake_long_enough_to_ask_for_work() -> None:
+    values = {"name": "oak", "data": "x", "link": "metered", "awake_minutes": 0.5}
+    with pytest.raises(ValidationError, match=r"awake_minutes = 0\.5 is too short"):
+        FarmSection.model_validate(values)
+    assert FarmSection.model_validate(values | {"poll_seconds": 15}).seconds_between_polls == 15
+    always = FarmSection.model_validate({"name": "oak", "data": "x"})
+    assert always.seconds_between_polls is None

@@ -15,6 +15,7 @@ from common.processes import Child, free_port, stop_all, wait_for_port
 from server.store import Store
 from tests.lab.network import SIDE, TINY, draw_folder
 from tests.system.proxy import Choose, Proxy, unharmed
+from tests.system.slowlink import SlowLink
 
 BIN = Path(sys.executable).parent
 FARMS = ("oak", "vine")
@@ -129,11 +130,11 @@ def open_site(
         yield Site(root, up, children[1:], proxy, children)
 
 
-def init_farm(root: Path, name: str, number: int, proxy: Proxy) -> str:
+def init_farm(root: Path, name: str, number: int, link: Proxy | SlowLink) -> str:
     """Draw a farm's images and create it; returns its folder."""
     data = draw_folder(root / "photos" / name, 2 + number, 15, 50 + number)
     folder = str(root / "farms" / name)
-    flags = ("--data", str(data), "--superlink", proxy.address, "--threads", "1")
+    flags = ("--data", str(data), "--superlink", link.address, "--threads", "1")
     said = call("fieldfed-client", "init", folder, *flags)
     assert f"farm {name}: {2 + number} classes" in said
     return folder

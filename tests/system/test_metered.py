@@ -19,10 +19,14 @@ from tests.system.proxy import Proxy
 from tests.system.site import Site, call, init_farm, open_site, words
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.system]
 
 AWAKE_SECONDS = 8.0
-METERED = f'link = "metered"\nwake_hours = 2\nawake_minutes = {AWAKE_SECONDS / 60:.4f}\n'
+METERED = f"""link = "metered"
+wake_hours = 2
+awake_minutes = {AWAKE_SECONDS / 60:.4f}
+poll_seconds = 3
+"""
 
 
 @dataclass
