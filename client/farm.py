@@ -25,6 +25,7 @@ from client.turns import turn
 from common import backbone, codec, fit
 from common.anchors import Anchors
 from common.catchup import replace, steps_of
+from common.compress import expand
 from common.config import FarmConfig
 from common.errors import (
     ConfigError,
@@ -52,14 +53,14 @@ from common.messages import (
 )
 from common.scores import encode_neurons
 from common.spec import ModelSpec
-from common.step import Step
+from common.step import MAX_BYTES, Step
 from common.trainable import trainable_set
 
 log = logging.getLogger(__name__)
 
 
 class MissingBaseError(FieldfedError):
-    """The request stands on a backbone that this farm does not hold."""
+    """The request stands on a backbone, or on anchors, that this farm does not hold."""
 
 
 @dataclass
@@ -173,10 +174,9 @@ class Farm:
         """The reply and what coding lost of its update."""
         started = time.monotonic()
         private = Curtain.of(request, self._state.folder, self._settings)
-        base = self._bring_up(request)
+        base, anchors = self._bring_up(request), self._anchors(request)
         classifier = self._refit(base)
         judged = self._judge(base, classifier)
-        anchors = None if request.anchors is None else Anchors.from_bytes(request.anchors.tobytes())
         scores = self._score(request, base, classifier, anchors)
         aligned = self._learn(request, base, classifier, anchors)
         delta = aligned.delta
@@ -242,6 +242,22 @@ class Farm:
             max_steps=request.steps,
         )
 
+    def _anchors(self, request: AlignRequest) -> Anchors | None:
+        """The anchors that the request names, from it or from disk."""
+        digest, anchors = request.anchors_digest, None
+        if digest is None:
+            return None
+        if request.anchors is not None:
+            if hashlib.sha256(request.anchors.data).hexdigest() != digest:
+                raise ProtocolError("the anchors are not those that the request names")
+            anchors = Anchors.from_bytes(request.anchors.tobytes())
+            self._state.save_anchors(digest, request.anchors)
+        else:
+            anchors = self._state.load_anchors(digest)
+        if anchors is None:
+            raise MissingBaseError(f"{self.name} does not hold anchors {digest[:12]}")
+        return anchors
+
     # --- a report --------------------------------------------------------------------------
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateReply:
@@ -285,7 +301,7 @@ class Farm:
         if request.body_kind == "none" or request.body is None:
             raise MissingBaseError(f"{self.name} does not hold backbone {request.base[:12]}")
         if request.body_kind == "full":
-            model, spec = backbone.unpack(request.body.tobytes())
+            model, spec = backbone.unpack(expand(request.body, MAX_BYTES).tobytes())
         else:
             model, spec = self._changed(request, request.body_from or "", request.body)
         if backbone.digest(model, spec) != request.base:

@@ -4,12 +4,14 @@
     classifiers/DIGEST.safetensors   this farm's classifier for that backbone
     replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again, and
                                      what coding its update lost (client/residual.py)
+    anchors/DIGEST.safetensors       what alignment is measured against (common/anchors.py)
     cuts/MASK.json                   what was kept at a prune event that led to this mask
     reports/LABEL.json               per-image results on the test part, for the farm's own eyes
 
 Every file is written whole or not at all, and a damaged one counts as absent.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -26,16 +28,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common import backbone
+from common.anchors import Anchors
 from common.errors import FieldfedError, ModelError
 from common.files import write_atomically
 from common.mask import Keep
-from common.messages import AlignReply, Floats, Reply, Request, Work, from_parts, to_parts
+from common.messages import AlignReply, Bytes, Floats, Reply, Request, Work, from_parts, to_parts
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
 BACKBONES_KEPT = 3
-ALIGNED_KEPT, REPORTED_KEPT, CUTS_KEPT = 2, 3, 2
+ALIGNED_KEPT, REPORTED_KEPT, ANCHORS_KEPT, CUTS_KEPT = 2, 3, 2, 2
 
 _LOST = "lost"
 
@@ -53,7 +56,7 @@ class FarmState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("backbones", "classifiers", "replies", "reports", "cuts"):
+        for name in ("backbones", "classifiers", "replies", "reports", "anchors", "cuts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     # --- backbones -------------------------------------------------------------------------
@@ -169,6 +172,24 @@ class FarmState:
         # the base is part of the name: a server that started over may reuse run and round numbers
         name = f"{request.run}-{request.round}-{work}-{request.base[:16]}.safetensors"
         return self.folder / "replies" / name
+
+    # --- anchors ---------------------------------------------------------------------------
+
+    def save_anchors(self, digest: str, body: Bytes) -> None:
+        """Keep anchors by the sha256 of their bytes, and throw the oldest away."""
+        write_atomically(self.folder / "anchors" / f"{digest}.safetensors", body.tobytes())
+        for old in _newest_first(self.folder / "anchors")[ANCHORS_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def load_anchors(self, digest: str) -> Anchors | None:
+        """These anchors, or None when they are absent or damaged."""
+        try:
+            body = (self.folder / "anchors" / f"{digest}.safetensors").read_bytes()
+            if hashlib.sha256(body).hexdigest() != digest:
+                return None
+            return Anchors.from_bytes(body)
+        except (OSError, FieldfedError):
+            return None
 
     # --- cuts ------------------------------------------------------------------------------
 

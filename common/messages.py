@@ -91,7 +91,10 @@ class AlignRequest(Work):
 
     kind: Literal["align"] = "align"
     train: TrainConfig
-    anchors: Bytes | None = Field(default=None, description="safetensors; absent without DAL")
+    anchors_digest: Digest | None = Field(default=None, description="sha256; None: no anchors")
+    anchors: Bytes | None = Field(
+        default=None, description="safetensors; absent where the farm holds them already"
+    )
     score: bool = Field(default=False, description="also score every head and MLP neuron")
     steps: int | None = Field(default=None, ge=1, description="at most so many; None: all epochs")
     folded: int | None = Field(

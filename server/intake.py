@@ -185,6 +185,7 @@ class Intake:
             self.quarantine(number, node, RejectReason.DUPLICATE, "its reply counts already")
             return Verdict.FOLDED
         self._requests.farm_holds(node, [reply.base])
+        self._requests.farm_has_anchors(node, reply.mask)
         return Verdict.ACCEPTED
 
     def _take_report(

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from common import backbone
 from common.anchors import Anchors
 from common.catchup import MAX_STEPS, chain, changed
+from common.compress import compress
 from common.errors import DiskError, FieldfedError, ProtocolError, StateError
 from common.files import write_atomically
 from common.messages import Array
@@ -74,7 +75,6 @@ class Models:
             write_atomically(self._step_path(digest), step.tobytes())
             self._writer = threading.Thread(target=self._write, args=(path, body))
             self._writer.start()
-        self._shared(path, lambda: body)  # the next round's requests may carry it
         self._newest = digest, model, spec
         return digest
 
@@ -130,8 +130,13 @@ class Models:
         return model, spec
 
     def body(self, digest: str) -> Array:
-        """The candidate as bytes."""
-        return self._shared(self.path(digest), lambda: backbone.pack(*self.view(digest)))
+        """The candidate as bytes, compressed where that is shorter."""
+
+        def packed() -> bytes:
+            whole = np.frombuffer(backbone.pack(*self.view(digest)), np.uint8)
+            return compress(whole).tobytes()
+
+        return self._shared(self.path(digest), packed)
 
     def step(self, digest: str) -> Array | None:
         """The step that leads to this candidate (common/step.py), or None for a first one."""
@@ -179,7 +184,8 @@ class Models:
         tensors = self._tensors(parent, digest) if len(path) >= FEWEST_STEPS else None
         if tensors is not None and tensors.size < body.size:
             kind, body = "tensors", tensors
-        return Way(kind, parent, body) if body.size < self.body(digest).size else None
+        self.settle()
+        return Way(kind, parent, body) if body.size < self.path(digest).stat().st_size else None
 
     def _known_step(self, digest: str) -> Array:
         step = self.step(digest)

@@ -1,5 +1,6 @@
 """Requests made to measure: each farm gets the smallest body that brings it up to date."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -15,11 +16,16 @@ class Requests:
     def __init__(self, run: int, config: ServerConfig, models: Models) -> None:
         self._run, self._config, self._models = run, config, models
         self._held: dict[int, set[str]] = {}
+        self._anchored: dict[int, str] = {}
         self._folded: dict[int, int] = {}
 
     def farm_holds(self, node: int, digests: Iterable[str]) -> None:
         """A farm said, or showed by its reply, that it holds these backbones."""
         self._held.setdefault(node, set()).update(digests)
+
+    def farm_has_anchors(self, node: int, mask: str) -> None:
+        """A farm showed by its reply that it holds the anchors of this mask."""
+        self._anchored[node] = mask
 
     def counts(self, folded: Mapping[int, int]) -> None:
         """Which replies count: the newest round that was answered, by node."""
@@ -28,6 +34,7 @@ class Requests:
     def farm_lost(self, node: int) -> None:
         """A farm said that it lacks what we thought it holds: the next body is whole."""
         self._held[node] = set()
+        self._anchored.pop(node, None)
 
     def align(
         self, node: int, attempt: int, work: Work, budgets: Mapping[int, int]
@@ -36,7 +43,7 @@ class Requests:
         return AlignRequest(
             **self._work(node, attempt, work.number, work.base),
             train=self._config.train,
-            anchors=self._models.anchors(work.base.mask.digest),
+            **self._anchors(node, work),
             score=work.scored,
             steps=budgets.get(node),
             folded=self._folded.get(node),
@@ -72,6 +79,17 @@ class Requests:
             "mask": base.mask.digest,
             **self._body(node, base.digest),
         }
+
+    def _anchors(self, node: int, work: Work) -> dict[str, Any]:
+        """What alignment and scores are measured against, where they need it."""
+        mask = work.base.mask.digest
+        if not work.scored and self._config.train.dal_weight == 0:
+            return {}
+        anchors = self._models.anchors(mask)
+        if anchors is None:
+            return {}
+        known = {"anchors_digest": hashlib.sha256(anchors.data).hexdigest()}
+        return known if self._anchored.get(node) == mask else {**known, "anchors": anchors}
 
     def _body(self, node: int, base: str) -> dict[str, Any]:
         held = self._held.get(node, set())

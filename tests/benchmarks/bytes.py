@@ -40,7 +40,7 @@ SETTINGS = {
     "full int8": TrainConfig(trainable="full"),
 }
 WIRE_FARMS = ("apple", "coffee", "rice")
-"""Bytes depend on neither the number of farms nor their images."""
+"""A farm's bytes do not depend on how many others there are, but for polls while it waits."""
 SEASON = 20
 EXTRA = {
     "season": {"rounds": SEASON, "idle_seconds": 100.0},

@@ -1,8 +1,8 @@
 """Bytes of real rounds: ten SuperNodes, each behind a link of its own that counts at the socket.
 
 Counted is TCP payload between a SuperNode and the SuperLink with everything that Flower adds:
-envelopes, HTTP headers, polls, heartbeats. Bytes do not depend on what is in the images, so farms
-have few of them here. A round lasts from when its work is opened until the next one's.
+envelopes, HTTP headers, polls, heartbeats. A round lasts from when its work is opened until the
+next one's.
 """
 
 import json
@@ -26,7 +26,6 @@ from tests.system.site import command, start
 from tests.system.slowlink import GOOD, Conditions, SlowLink
 
 LOOK_SECONDS = 0.1
-IMAGES_PER_CLASS = 5
 LIMIT_SECONDS = 3000
 
 
@@ -166,7 +165,7 @@ def _farm(root: Path, name: str, link: SlowLink) -> dict[str, Any]:
         "name": name,
         "data": str((plants.SHARED / "data" / "farms" / name).resolve()),
         "superlink": link.address,
-        "per_class": IMAGES_PER_CLASS,
+        "per_class": plants.PER_CLASS,
         "threads": 1,
         "turns": str(root / "turns"),
         "places": plants.PROCESSES,

@@ -88,6 +88,22 @@ def test_a_farm_is_sent_the_backbone_once_and_then_only_steps(tmp_path: Path) ->
     assert kinds == [(0, "full"), (1, "none"), (2, "delta"), (3, "delta"), (3, "delta")]
 
 
+def test_a_farm_is_sent_the_anchors_once_for_every_mask(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, rounds=4, warmup=2, prune_heads=0.4)
+
+    def forget(node: int, request: Request, _reply: Reply) -> None:
+        if node == 2 and isinstance(request, AlignRequest) and request.round == 3:
+            for path in (lab.farms[1][1] / "anchors").iterdir():
+                path.write_bytes(path.read_bytes()[:-9])
+
+    sent: dict[int, list[tuple[int, bool]]] = {1: [], 2: [], 3: []}
+    for node, request in lab.run(fault=forget).requests:
+        if isinstance(request, AlignRequest):
+            sent[node].append((request.round, request.anchors is not None))
+    assert sent[1] == [(1, True), (2, False), (3, True), (4, False)]
+    assert sent[2] == [(1, True), (2, False), (3, True), (4, False), (4, True)]
+
+
 def test_a_farm_that_skipped_rounds_is_not_sent_the_whole_backbone_again(tmp_path: Path) -> None:
     lab = Lab(tmp_path, rounds=8, warmup=4, prune_heads=0.4)
     link = lab.run(rounds=lab.config.rounds.model_copy(update={"sample": 1}))
@@ -176,7 +192,8 @@ def test_other_settings_reach_the_end(
     lab = Lab(tmp_path, settings={"backbone": backbone, "train": train}, **PRUNE)
     link = lab.run()
     aligned = [request for _, request in link.requests if isinstance(request, AlignRequest)]
-    assert all((request.anchors is None) == ("source" in backbone) for request in aligned)
+    named = {request.anchors_digest is None for request in aligned}
+    assert named == {"source" in backbone}
     assert outcome(lab).masks
 
 
