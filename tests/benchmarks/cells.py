@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.files import write_atomically
 from server.provenance import commit, provenance
@@ -68,7 +68,7 @@ class Cells:
         return path
 
 
-def unfinished(name: str) -> None:
+def unfinished(name: str) -> NoReturn:
     """Say how to go on, and end with a status that is not success."""
     print(f"time is over; 'make {name}' goes on where it stopped", file=sys.stderr)
     raise SystemExit(75)
