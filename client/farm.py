@@ -53,7 +53,7 @@ from common.messages import (
 )
 from common.scores import encode_neurons
 from common.spec import ModelSpec
-from common.step import MAX_BYTES, Step
+from common.step import MAX_BYTES, Step, most_bytes
 from common.trainable import trainable_set
 
 log = logging.getLogger(__name__)
@@ -321,7 +321,9 @@ class Farm:
         if request.body_kind == "tensors":
             replace(held[0], body)
             return held
-        steps = steps_of(body) if request.body_kind == "chain" else [Step.from_bytes(body)]
+        limit = most_bytes(held[0])
+        chained = request.body_kind == "chain"
+        steps = steps_of(body, limit) if chained else [Step.from_bytes(body, limit)]
         if not steps or steps[0].base != parent:
             raise ProtocolError(f"steps from another backbone came as steps from {parent[:12]}")
         for step in steps:

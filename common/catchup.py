@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from common.codec import Bytes
 from common.compress import compress, expand
 from common.errors import ProtocolError, RejectReason
-from common.step import MAX_BYTES, Step
+from common.step import MAX_BYTES, Step, most_bytes
 
 MAX_STEPS = 64
 
@@ -32,11 +32,11 @@ def chain(steps: Sequence[Bytes]) -> Bytes:
     return np.frombuffer(save_arrays(named), np.uint8)
 
 
-def steps_of(body: Bytes) -> list[Step]:
+def steps_of(body: Bytes, limit: int = MAX_BYTES) -> list[Step]:
     """Inverse of :func:`chain`.
 
     Raises:
-        ProtocolError: these bytes are no chain of steps.
+        ProtocolError: these bytes are no chain of steps, or one holds more than ``limit`` bytes.
     """
     try:
         named = load_arrays(body.tobytes())
@@ -44,7 +44,8 @@ def steps_of(body: Bytes) -> list[Step]:
         raise ProtocolError(f"not a chain of steps: {str(error)[:200]}") from error
     if set(named) != {str(number) for number in range(len(named))} or len(named) > MAX_STEPS:
         raise ProtocolError(f"a chain of {len(named)} steps with gaps, or too long")
-    return [Step.from_bytes(named[str(number)].view(np.uint8)) for number in range(len(named))]
+    steps = (named[str(number)].view(np.uint8) for number in range(len(named)))
+    return [Step.from_bytes(step, limit) for step in steps]
 
 
 def changed(before: VisionTransformer, after: VisionTransformer) -> Bytes | None:
@@ -69,7 +70,7 @@ def replace(model: VisionTransformer, body: Bytes) -> None:
     """
     parameters = dict(model.named_parameters())
     try:
-        tensors = load_tensors(expand(body, MAX_BYTES).tobytes())
+        tensors = load_tensors(expand(body, most_bytes(model)).tobytes())
     except (SafetensorError, ValueError, KeyError) as error:
         raise ProtocolError(f"not a body of tensors: {str(error)[:200]}") from error
     for name, tensor in tensors.items():

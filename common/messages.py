@@ -17,7 +17,7 @@ from pydantic_core import core_schema
 from common.config import PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Array: TypeAlias = npt.NDArray[Any]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

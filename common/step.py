@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 from timm.models.vision_transformer import VisionTransformer
 
 from common import codec
+from common.backbone import parameters
 from common.codec import Bytes
 from common.compress import compress, expand
 from common.errors import ModelError, ProtocolError, RejectReason
@@ -35,6 +36,12 @@ from common.tensors import header_of
 from common.trainable import TrainableSet, trainable_set
 
 MAX_BYTES = 2_000_000_000
+
+
+def most_bytes(model: VisionTransformer) -> int:
+    """What a change of a backbone has at most: each number as fp32, and where it belongs."""
+    return 8 * parameters(model) + 1_000_000
+
 
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 _Counts = Annotated[list[_Count], Field(min_length=1, max_length=1024)]
@@ -140,13 +147,13 @@ class Step:
         return compress(np.frombuffer(data, np.uint8))
 
     @classmethod
-    def from_bytes(cls, data: Bytes) -> "Step":
+    def from_bytes(cls, data: Bytes, limit: int = MAX_BYTES) -> "Step":
         """Inverse of :meth:`to_bytes`.
 
         Raises:
-            ProtocolError: these bytes are no step.
+            ProtocolError: these bytes are no step, or hold more than ``limit`` bytes.
         """
-        data = expand(data, MAX_BYTES)
+        data = expand(data, limit)
         if bytes(data[: len(codec.MAGIC)]) == codec.MAGIC:
             return cls(data)
         try:

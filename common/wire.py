@@ -2,14 +2,19 @@
 
 A message becomes a RecordDict of
 
-    message   ConfigRecord {protocol: int, kind: str, json: str}: every field that is not an array,
-              as canonical JSON (sorted keys, no spaces), so that one value has one encoding
-    arrays    ArrayRecord {field: flat array}: uint8 or float32; absent when there is none
+    message   ConfigRecord {protocol: int, kind: str, json: str, FIELD: bytes, ...}: every field
+              that is not an array as canonical JSON (sorted keys, no spaces), so that one value
+              has one encoding; arrays of at most ``SMALL_BYTES`` as they lie in memory
+    arrays    ArrayRecord {field: flat array}: larger ones, uint8 or float32; absent without any
+
+Flower sends every record, array and piece of an array by an HTTP request of its own, with a
+kilobyte of headers; hence small arrays lie beside the JSON. Larger ones are cut into pieces, each
+of which can be sent again.
 
 Nothing else is let in: no further record, key or array, no second spelling of the same JSON, no
-byte behind an array. Arrays are .npy bytes, but nothing of them is parsed, let alone unpickled:
-their header must be the one that numpy writes for a flat array of that type and length, and the
-length is compared with the bytes that are there before anything is made of them.
+byte behind an array. Large arrays are .npy bytes, but nothing of them is parsed, let alone
+unpickled: their header must be the one that numpy writes for a flat array of that type and length,
+and the length is compared with the bytes that are there before anything is made of them.
 """
 
 import io
@@ -32,6 +37,8 @@ from common.messages import PROTOCOL, Bytes, Floats, Message, Reply, Request
 
 MAX_ARRAY_BYTES = 2_000_000_000
 MAX_JSON_BYTES = 1_000_000
+SMALL_BYTES = 200_000
+"""A minute on a link of 32 kbit/s, which Flower waits for."""
 
 MESSAGE, ARRAYS = "message", "arrays"
 _ENVELOPE = {"protocol", "kind"}
@@ -52,16 +59,19 @@ _DTYPES: dict[str, Dtype] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")
 def to_record(message: Request | Reply) -> RecordDict:
     """The record of a message; its arrays are copied into .npy bytes."""
     arrays = {name: getattr(message, name) for name in _array_fields(type(message))}
-    present = {name: Array(array) for name, array in arrays.items() if array is not None}
+    present = {name: array for name, array in arrays.items() if array is not None}
+    small = {name: a.tobytes() for name, a in present.items() if a.nbytes <= SMALL_BYTES}
+    large = {name: Array(array) for name, array in present.items() if name not in small}
+    text = _text_of(message)
     record = RecordDict(
         {
             MESSAGE: ConfigRecord(
-                {"protocol": message.protocol, "kind": message.kind, "json": _text_of(message)}
+                {"protocol": message.protocol, "kind": message.kind, "json": text, **small}
             )
         }
     )
-    if present:
-        record[ARRAYS] = ArrayRecord(present)
+    if large:
+        record[ARRAYS] = ArrayRecord(large)
     return record
 
 
@@ -117,7 +127,11 @@ def from_record(record: RecordDict, max_array_bytes: int = MAX_ARRAY_BYTES) -> R
     envelope = _envelope(record)
     kind = _kind_of(envelope)
     values = _values_of(envelope)
-    arrays = _arrays_of(record, kind, max_array_bytes)
+    arrays = _small_arrays_of(envelope, kind, max_array_bytes)
+    large = _arrays_of(record, kind, max_array_bytes)
+    if twice := arrays.keys() & large.keys():
+        raise ProtocolError(f"{_kind_name(kind)}: '{min(twice)}' is there twice")
+    arrays |= large
     if clash := (_ENVELOPE | arrays.keys()) & values.keys():
         raise ProtocolError(f"{_kind_name(kind)}: '{min(clash)}' does not belong into the JSON")
     try:
@@ -147,7 +161,6 @@ def _envelope(record: RecordDict) -> Mapping[str, Any]:
             RejectReason.PROTOCOL,
         )
     _refuse_unknown("record", record.keys(), {MESSAGE, ARRAYS})
-    _refuse_unknown(f"key of record '{MESSAGE}':", envelope.keys(), {"protocol", "kind", "json"})
     return envelope
 
 
@@ -175,6 +188,25 @@ def _values_of(envelope: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ProtocolError(f"the JSON of a message is an object, not {type(values).__name__}")
     return values
+
+
+def _small_arrays_of(envelope: Mapping[str, Any], kind: Kind, limit: int) -> dict[str, Any]:
+    fields = _array_fields(kind)
+    _refuse_unknown(
+        f"key of record '{MESSAGE}':", envelope.keys(), {"protocol", "kind", "json", *fields}
+    )
+    found = {}
+    for name in envelope.keys() & fields.keys():
+        data, where = envelope[name], f"{_kind_name(kind)}.{name}"
+        if not isinstance(data, bytes) or len(data) % fields[name].itemsize:
+            raise ProtocolError(f"{where} is not the bytes of a flat {fields[name]}")
+        if len(data) > min(limit, SMALL_BYTES):
+            raise ProtocolError(
+                f"{where} has {len(data)} bytes, at most {min(limit, SMALL_BYTES)} pass there",
+                RejectReason.OVERSIZED,
+            )
+        found[name] = np.frombuffer(data, fields[name])
+    return found
 
 
 def _arrays_of(record: RecordDict, kind: Kind, limit: int) -> dict[str, Any]:
@@ -211,6 +243,8 @@ def _parse(array: Array, dtype: Dtype, where: str, limit: int) -> np.ndarray[Any
     if len(array.data) != len(header) + count * dtype.itemsize:
         found = len(array.data) - len(header)
         raise ProtocolError(f"{where}: {count} {dtype} announced, {found} bytes found")
+    if count * dtype.itemsize <= SMALL_BYTES:
+        raise ProtocolError(f"{where}: {count} {dtype} belong beside the JSON")
     return np.frombuffer(array.data, dtype, count=count, offset=len(header))
 
 

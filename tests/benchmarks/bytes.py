@@ -140,9 +140,8 @@ def main() -> None:
     wired: list[Cell | None] = []
     learned: list[Cell | None] = []
     if only != "accuracy":
-        wired = [
-            cells.run(f"wire: {name}", partial(wire_cell, name)) for name in (*SETTINGS, *EXTRA)
-        ]
+        names = dict.fromkeys((DEFAULT, *EXTRA, *SETTINGS))  # what matters most first
+        wired = [cells.run(f"wire: {name}", partial(wire_cell, name)) for name in names]
     if only != "wire":
         for seed in SEEDS:
             for setting in SETTINGS:

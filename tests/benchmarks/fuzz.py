@@ -13,7 +13,7 @@ from tests.benchmarks.cells import Cells
 from tests.lab.fuzz import Crash, described, fuzz, targets
 
 INPUTS, MINUTES = 1_000_000, 10.0
-AT_ONCE = {"step": 50, "tensors": 50, "chain": 200}
+AT_ONCE = {"step": 50, "tensors": 500, "chain": 500}
 """Inputs of a target in its turn; those that build a model are slower."""
 
 

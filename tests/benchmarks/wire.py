@@ -49,8 +49,8 @@ class Tally:
         return up, down
 
     def _at(self, moment: float) -> dict[str, tuple[int, int]]:
-        later = [seen for when, seen in self.looks if when >= moment]
-        return later[0] if later else self.looks[-1][1]
+        earlier = [seen for when, seen in self.looks if when <= moment]
+        return earlier[-1] if earlier else self.looks[0][1]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_another_protocol_version_is_told_from_nonsense() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"protocol": 1}', '{"kind": "x", "protocol": 1}']
+    "text", ["", "[]", "{}", '{"protocol": 2}', '{"kind": "x", "protocol": 2}']
 )
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(ProtocolError):

@@ -64,6 +64,9 @@ def align_reply(**changes: Any) -> AlignReply:
     return AlignReply(**values)
 
 
+LARGE = 200_004
+"""Bytes of an array too large to lie beside the JSON."""
+
 MESSAGES: list[Request | Reply] = [
     HelloRequest(),
     HelloReply(farm="apple", examples=3, classes=2, held=(DIGEST,)),
@@ -163,7 +166,7 @@ def edited(message: Request | Reply, **changes: Any) -> RecordDict:
 
 
 def with_array(name: str, array: Array) -> RecordDict:
-    record = to_record(align_reply())
+    record = to_record(align_reply(update=np.zeros(LARGE, np.uint8)))
     arrays = record["arrays"]
     assert isinstance(arrays, ArrayRecord)
     arrays[name] = array
@@ -174,7 +177,7 @@ def test_another_protocol_is_told_first_with_both_numbers() -> None:
     text = refused(edited(HelloRequest(), protocol=7, kind="greet"), RejectReason.PROTOCOL)
     assert "7" in text
     assert str(PROTOCOL) in text
-    assert refused(to_record(HelloRequest(protocol=2)), RejectReason.PROTOCOL)
+    assert refused(to_record(HelloRequest(protocol=PROTOCOL + 1)), RejectReason.PROTOCOL)
 
 
 def test_not_a_message_at_all() -> None:
@@ -232,9 +235,44 @@ def test_values_out_of_bounds_name_their_field() -> None:
 def test_long_text_and_large_arrays() -> None:
     long = '{"detail":"","reason":"data"}'.ljust(MAX_JSON_BYTES + 1)
     assert refused(edited(Refusal(reason="data"), json=long), RejectReason.OVERSIZED)
-    record = to_record(align_reply(update=np.zeros(10_000, np.uint8)))
-    assert "update" in refused(record, RejectReason.OVERSIZED, max_array_bytes=9_999)
-    assert from_record(record, max_array_bytes=10_128)
+    for size, header in ((10_000, 0), (LARGE, 128)):
+        record = to_record(align_reply(update=np.zeros(size, np.uint8)))
+        assert "update" in refused(record, RejectReason.OVERSIZED, max_array_bytes=size - 1)
+        assert from_record(record, max_array_bytes=size + header)
+
+
+def test_small_arrays_lie_beside_the_json_and_large_ones_do_not() -> None:
+    small, large = (
+        to_record(align_reply(update=np.zeros(n, np.uint8))) for n in (LARGE - 4, LARGE)
+    )
+    assert set(small) == {"message"}
+    assert set(large) == {"message", "arrays"}
+    assert "update" in small["message"]
+    assert "update" not in large["message"]
+    values = np.linspace(0, 1, 7, dtype=np.float32)
+    assert "message" in to_record(align_reply(head_mmd2=values))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"abc", "flat float32"), ("text", "flat float32"), (1.5, "flat float32")],
+)
+def test_bytes_that_are_no_array_are_refused(data: Any, words: str) -> None:
+    text = refused(edited(align_reply(), head_mmd2=data))
+    assert words in text
+    assert "head_mmd2" in text
+
+
+def test_an_array_lies_where_its_size_says_and_only_there() -> None:
+    many = b"x" * LARGE
+    assert refused(edited(align_reply(), update=many), RejectReason.OVERSIZED)
+    four = npy(np.zeros(4, np.uint8))
+    assert "belong beside" in refused(update_of(four, shape=(4,)))
+    twice = with_array("update", Array(np.zeros(LARGE, np.uint8)))
+    envelope = twice["message"]
+    assert isinstance(envelope, ConfigRecord)
+    envelope["update"] = b"1234"
+    assert "twice" in refused(twice)
 
 
 def npy(array: np.ndarray[Any, Any], **options: bool) -> bytes:
@@ -244,12 +282,15 @@ def npy(array: np.ndarray[Any, Any], **options: bool) -> bytes:
 
 
 def update_of(
-    data: bytes, dtype: str = "uint8", shape: tuple[int, ...] = (4,), stype: str = "numpy.ndarray"
+    data: bytes,
+    dtype: str = "uint8",
+    shape: tuple[int, ...] = (LARGE,),
+    stype: str = "numpy.ndarray",
 ) -> RecordDict:
     return with_array("update", Array(dtype, shape, stype, data))
 
 
-FOUR = npy(np.zeros(4, np.uint8))
+MANY = npy(np.zeros(LARGE, np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -257,27 +298,28 @@ FOUR = npy(np.zeros(4, np.uint8))
     [
         update_of(JPEG),
         update_of(b""),
-        update_of(FOUR + b"tail"),
-        update_of(FOUR[:-1]),
-        update_of(FOUR, stype="pickle"),
-        update_of(FOUR, dtype="int8"),
-        update_of(FOUR, shape=(5,)),
-        update_of(FOUR.replace(b"(4,)", b"(9,)"), shape=(9,)),
-        update_of(FOUR.replace(b"(4,), }     ", b"(4,), }hide!")),
-        update_of(FOUR.replace(b"(4,), }", b"(10**9,)")),
-        update_of(npy(np.zeros((2, 2), np.uint8)), shape=(2, 2)),
-        update_of(npy(np.zeros(4, np.float32)), dtype="float32"),
-        update_of(npy(np.zeros(4, np.int8)), dtype="int8"),
+        update_of(MANY + b"tail"),
+        update_of(MANY[:-1]),
+        update_of(MANY, stype="pickle"),
+        update_of(MANY, dtype="int8"),
+        update_of(MANY, shape=(LARGE + 1,)),
+        update_of(MANY.replace(b"(200004,)", b"(900004,)"), shape=(900004,)),
+        update_of(MANY.replace(b"(200004,), }     ", b"(200004,), }hide!")),
+        update_of(MANY.replace(b"(200004,), }", b"(2 * 10**9,)")),
+        update_of(npy(np.zeros((2, LARGE // 2), np.uint8)), shape=(2, LARGE // 2)),
+        update_of(npy(np.zeros(LARGE, np.float32)), dtype="float32"),
+        update_of(npy(np.zeros(LARGE, np.int8)), dtype="int8"),
         update_of(npy(np.array([{}, {}, {}, {}]), allow_pickle=True)),
     ],
 )
 def test_arrays_that_are_not_flat_npy_bytes_of_the_right_type(record: RecordDict) -> None:
-    assert "update" in refused(record)
+    assert "belong beside" not in (text := refused(record))
+    assert "update" in text
 
 
 def test_a_promised_size_is_not_allocated() -> None:
-    data = FOUR.replace(b"(4,), }" + b" " * 14, b"(99999999999999,), }" + b" ")
-    assert len(data) == len(FOUR)
+    data = MANY.replace(b"(200004,), }" + b" " * 9, b"(99999999999999,), }" + b" ")
+    assert len(data) == len(MANY)
     assert "announced" in refused(update_of(data, shape=(99999999999999,)))
 
 
@@ -291,8 +333,9 @@ def test_big_endian_floats_are_refused() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 200))
 def test_damaged_arrays_never_raise_anything_else(noise: bytes, start: int) -> None:
-    data = FOUR[:start] + noise
-    if data[:-4] == FOUR[:-4]:
-        assert from_record(update_of(data))  # another four numbers
+    data = MANY[:start] + noise + MANY[start + len(noise) :]
+    header = len(MANY) - LARGE
+    if data[:header] == MANY[:header]:
+        assert from_record(update_of(data))  # other numbers
     else:
         refused(update_of(data))

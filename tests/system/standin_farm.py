@@ -73,7 +73,8 @@ class Farm:
     def update(self, base: str) -> bytes:
         """A coded update put together by hand, because common.codec would import torch."""
         count = BLOCKS * BLOCK
-        header = struct.pack("<4sHBBIQ32s", b"FFUP", 1, 8, 0, BLOCK, count, bytes.fromhex(base))
+        head = (b"FFUP", 2, 8, 0, BLOCK, count, count, bytes.fromhex(base))
+        header = struct.pack("<4sHBBIQQ32s", *head)
         numbers = np.random.default_rng(len(self.name)).integers(-127, 128, count, np.int8)
         return header + np.ones(BLOCKS, "<f4").tobytes() + numbers.tobytes()
 
@@ -92,7 +93,6 @@ def answer(message: Message, context: Context) -> Message:
         return reply
     request = from_record(message.content)
     if isinstance(request, AlignRequest) and request.seed == 1:
-        arrays = reply.content["arrays"]
-        assert isinstance(arrays, ArrayRecord)
-        arrays["classifier.weight"] = Array(np.ones((3, 384), np.float32))
+        leak = Array(np.ones((3, 384), np.float32))
+        reply.content["arrays"] = ArrayRecord({"classifier.weight": leak})
     return reply

@@ -16,6 +16,7 @@ import pytest
 from common.config import FarmConfig, ServerConfig
 from common.errors import ConfigError, LaunchError
 from common.messages import (
+    PROTOCOL,
     AlignReply,
     AlignRequest,
     EvaluateReply,
@@ -135,7 +136,7 @@ def test_code_in_the_bundle_is_noticed(honest: Honest) -> None:
 def leaks(plant: Plant, bundle: Path, honest: Honest) -> Honest:
     plant.recorder.take()
     steps = [
-        {**HELLO, "protocol": 2},
+        {**HELLO, "protocol": PROTOCOL + 1},
         {**ALIGN, "seed": 1, "round": 1},
         {**ALIGN, "seed": 2, "round": 2},
     ]
