@@ -45,7 +45,7 @@ class TrainConfig(Section):
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
     update_bits: Literal[2, 4, 8, 32] = Field(
-        default=8, description="bits per number of a farm's update; the step back has at least 8"
+        default=4, description="bits per number of a farm's update; the step back has at least 8"
     )
     top: float = Field(
         default=1.0, gt=0, le=1, description="share of an update's numbers sent, the largest"
