@@ -19,7 +19,13 @@ from typing import Any
 
 from common.config import TrainConfig
 from common.files import write_atomically
-from common.processes import Child, free_port, stop_all, wait_for_port
+from common.processes import (
+    Child,
+    free_port,
+    stop_all,
+    terminate_like_interrupt,
+    wait_for_port,
+)
 from server.store import Store
 from tests.benchmarks import plants
 from tests.system.site import command, start
@@ -73,7 +79,7 @@ def network(
     """A server and real farms; yields the server's folder and the bytes of the farms' links."""
     port, server = free_port(), root / "server"
     _write_settings(server / "server.toml", {**sections, "server": {"port": port}})
-    with ExitStack() as stack:
+    with terminate_like_interrupt(), ExitStack() as stack:
         children: list[Child] = []
         stack.callback(lambda: stop_all(children, 20))
         _call("fieldfed-server", "pretrain", str(server))
