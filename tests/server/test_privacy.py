@@ -218,7 +218,8 @@ def test_the_error_of_the_mean_falls_with_the_root_of_the_number_of_farms(
         def read(self, offset: int, length: int) -> bytes:
             return self._body[offset : offset + length]
 
-    plain = request_.model_copy(update={"score": False})
+    fine = request_.train.model_copy(update={"update_bits": 8})  # coding adds next to no error
+    plain = request_.model_copy(update={"score": False, "train": fine})
     cut_only = plain.model_copy(update={"privacy": PrivacyConfig(clip=0.5)})
     truth = numbers(aligned(lab, tmp_path / "truth", cut_only))
     readers = [Reader(n, aligned(lab, tmp_path / str(n), plain)) for n in range(16)]
