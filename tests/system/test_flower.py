@@ -164,7 +164,7 @@ def of_round(recording: list[Exchange], number: int) -> list[Exchange]:
 def test_another_protocol_is_refused_by_the_farm(leaks: Honest) -> None:
     replies = [item["reply"] for item in leaks.steps[0]]
     assert {(reply["kind"], reply["reason"]) for reply in replies} == {("refusal", "protocol")}
-    assert all("protocol 2" in reply["detail"] for reply in replies)
+    assert all(f"protocol {PROTOCOL + 1}" in reply["detail"] for reply in replies)
 
 
 def test_a_classifier_in_a_reply_is_refused_and_noticed(leaks: Honest) -> None:
