@@ -180,15 +180,8 @@ def _zombies(child: Child) -> list[psutil.Process]:
 
 def test_it_sleeps_wakes_by_notice_and_sleeps_again(stand: Stand) -> None:
     supernode = stand.program("supernode", 1, False)
-    farm = FarmSection.model_validate(
-        {
-            "name": "oak",
-            "data": "x",
-            "link": "metered",
-            "awake_minutes": 6 / 60,
-            "poll_seconds": 3,
-        }
-    )
+    farm = FarmSection.model_validate({"name": "oak", "data": "x", "link": "metered"})
+    farm = farm.model_copy(update={"awake_minutes": 2 / 60})  # too short for a real one
     end = threading.Event()
     at_work = threading.Event()
     at_work.set()

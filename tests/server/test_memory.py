@@ -19,6 +19,7 @@ def peak_bytes(folder: Path, farms: int) -> int:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.system
 def test_200_replies_of_20_megabytes_need_no_more_memory_than_10(tmp_path: Path) -> None:
     few = peak_bytes(tmp_path / "few", 10)
     many = peak_bytes(tmp_path / "many", 200)
