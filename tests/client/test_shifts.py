@@ -156,7 +156,7 @@ def test_a_request_that_is_worked_on_is_seen_wherever_it_is(
     assert not signs(), "nothing is started yet"
     for child in (executor, supernode):
         stand.supervisor.start(child)
-    wait_until(lambda: families(executor, supernode) == 4, 20, "two parents, a starter, a worker")
+    wait_until(lambda: families(executor, supernode) == 4, 60, "two parents, a starter, a worker")
     assert len(signs.workers()) == 1
     assert signs()
     signs.workers()[0].kill()
@@ -168,8 +168,8 @@ def test_what_waits_for_work_is_no_work(stand: Stand) -> None:
     executor, supernode = stand.program("executor", 0, False), stand.program("supernode", 1, False)
     for child in (executor, supernode):
         stand.supervisor.start(child)
-    wait_until(lambda: families(executor, supernode) == 3, 20, "two parents and a starter")
-    wait_until(lambda: _zombies(executor), 20, "a child that ended and stays")
+    wait_until(lambda: families(executor, supernode) == 3, 60, "two parents and a starter")
+    wait_until(lambda: _zombies(executor), 60, "a child that ended and stays")
     assert not Signs(stand.relay, executor, supernode)()
 
 
@@ -193,19 +193,19 @@ def test_it_sleeps_wakes_by_notice_and_sleeps_again(stand: Stand) -> None:
     notify(stand.folder)
     thread.start()
     try:
-        wait_until(lambda: families(supernode) == 2, 20, "both processes")
+        wait_until(lambda: families(supernode) == 2, 60, "both processes")
         time.sleep(3)
         assert families(supernode) == 2, "asleep in the middle of its work"
         first = supernode.pid
         at_work.clear()
-        wait_until(lambda: families(supernode) == 0, 20, "sleep")
+        wait_until(lambda: families(supernode) == 0, 60, "sleep")
         time.sleep(1)
         assert families(supernode) == 0, "what sleeps was started again"
         notify(stand.folder)
-        wait_until(lambda: families(supernode) == 2, 20, "waking")
+        wait_until(lambda: families(supernode) == 2, 60, "waking")
         assert supernode.pid != first
         assert not (stand.folder / "wake").exists()
-        wait_until(lambda: families(supernode) == 0, 20, "sleep again")
+        wait_until(lambda: families(supernode) == 0, 60, "sleep again")
     finally:
         end.set()
         thread.join()
@@ -219,7 +219,7 @@ def test_awake_it_is_kept_alive(stand: Stand) -> None:
     first = supernode.pid
     assert first is not None
     psutil.Process(first).kill()
-    wait_until(lambda: supernode.pid != first, 20, "another start")
+    wait_until(lambda: supernode.pid != first, 60, "another start")
 
 
 def test_the_command_leaves_a_notice(tmp_path: Path) -> None:
