@@ -114,7 +114,7 @@ if depth:
 elif work:
     subprocess.Popen(["sleep", "60"])
 else:
-    subprocess.Popen(["true"])
+    child = subprocess.Popen(["true"])  # held: an object that goes would wait for its process
 time.sleep(60)
 """
 
