@@ -1,5 +1,6 @@
 """Privacy through whole rounds: what farms send, what it costs, and when a run ends for it."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -166,6 +167,19 @@ def test_a_farm_that_insists_on_noise_refuses_less(
     assert told in reply.detail
     assert "min_noise" in reply.detail
     assert isinstance(answer(lab, tmp_path, request_, min_noise=3.0), AlignReply)
+
+
+def test_anchors_that_had_to_be_sent_again_cost_nothing(
+    lab: Lab, tmp_path: Path, request_: AlignRequest
+) -> None:
+    anchors = np.frombuffer((lab.server_dir / "anchors.safetensors").read_bytes(), np.uint8)
+    named = {"anchors_digest": hashlib.sha256(anchors.data).hexdigest()}
+    bare = request_.model_copy(update=named)
+    refused = answer(lab, tmp_path, bare)
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "missing_base"
+    aligned(lab, tmp_path, bare.model_copy(update={"attempt": 2, "anchors": anchors}))
+    assert spent(tmp_path) == pytest.approx(mu_squared(NOISY, 1, 1))
 
 
 def test_a_farm_keeps_its_own_record_and_limit_whatever_run_a_server_names(
