@@ -10,7 +10,6 @@ over honest farms of their decide parts, classifiers refitted.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -37,10 +36,9 @@ from server.aggregate import aggregate
 from server.consensus import Rule, consensus, farm_scores
 from server.pretrain import source_batches
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.plants import NAME, SHARED, SIDE, WEIGHTS, require, source
 
-SHARED = Path(os.environ.get("SHARED", "../shared"))
-WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
-NAME, SIDE, PER_CLASS = "vit_small_patch14_dinov2", 112, 20
+PER_CLASS = 20
 DRAWS, LIARS, KEPT = 10, 2, 0.6
 SCORE_ATTACKS = ("random", "inverted", "promote one head", "colluding pair")
 UPDATE_ATTACKS = ("sign flipped", "100 times")
@@ -77,7 +75,7 @@ class Network:
     @cached_property
     def moments(self) -> Moments:
         """For compensation, of the source species."""
-        return collect_moments(self.model, source_batches(_source(), self.spec, 256, 0))
+        return collect_moments(self.model, source_batches(source(), self.spec, 256, 0))
 
     def _farm(self, path: Path) -> Honest:
         folder = open_folder(path, per_class=PER_CLASS)
@@ -133,10 +131,6 @@ class Network:
 
 def _bf16() -> bool:
     return fit.bf16_supported()
-
-
-def _source() -> Path:
-    return next(path for path in sorted((SHARED / "data" / "source").iterdir()) if path.is_dir())
 
 
 # --- lies ----------------------------------------------------------------------------------------
@@ -297,8 +291,7 @@ def table(cells: Sequence[Cell]) -> list[Cell]:
 
 def main() -> None:
     """All cells, then the table."""
-    if not WEIGHTS.is_file():
-        raise SystemExit(f"no weights at '{WEIGHTS}'; set SHARED to the folder that holds them")
+    require()
     cells, network, done = Cells("liars"), Network(), []
     for draw in range(DRAWS):
         for attack in (*SCORE_ATTACKS, *UPDATE_ATTACKS):

@@ -50,13 +50,18 @@ def require() -> None:
         raise SystemExit(f"no weights at '{WEIGHTS}'; set SHARED to the folder that holds them")
 
 
+def source() -> Path:
+    """The folder of the species that the server owns."""
+    folders = sorted((SHARED / "data" / "source").iterdir())
+    return next(path for path in folders if path.is_dir()).resolve()
+
+
 def settings_of(seed: int, plan: PlanConfig, train: TrainConfig, farms: int) -> ServerConfig:
     """A server for these farms, which waits for all of them in every round."""
-    source = next(path for path in sorted((SHARED / "data" / "source").iterdir()) if path.is_dir())
     return ServerConfig(
         seed=seed,
         backbone=BackboneConfig(
-            name=NAME, image_size=SIDE, weights=str(WEIGHTS.resolve()), source=source.resolve()
+            name=NAME, image_size=SIDE, weights=str(WEIGHTS.resolve()), source=source()
         ),
         plan=plan,
         rounds=RoundConfig(deadline_seconds=36_000, grace_seconds=0, min_farms=farms, attempts=1),

@@ -24,10 +24,12 @@ import numpy as np
 
 import server.close
 from common import backbone, codec
+from common.compress import expand
 from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
 from common.messages import AlignReply, AlignRequest, EvaluateReply, EvaluateRequest, Reply, Request
 from common.scores import encode_neurons
 from common.spec import ModelSpec
+from common.step import MAX_BYTES
 from common.trainable import trainable_set
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
@@ -71,7 +73,7 @@ class Answers:
         """Spec and numbers of an update under a mask; its first request carries the backbone."""
         if request.mask not in self._shapes:
             assert request.body is not None
-            model, spec = backbone.unpack(request.body.tobytes())
+            model, spec = backbone.unpack(expand(request.body, MAX_BYTES).tobytes())
             self._shapes[request.mask] = spec, trainable_set(model, self._trainable).layout.count
         return self._shapes[request.mask]
 

@@ -12,7 +12,6 @@ is the product's own, on a simulated clock.
 """
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,10 +35,9 @@ from server.models import Models
 from server.rounds import RunSettings, run_rounds
 from server.store import Store
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.plants import SHARED, WEIGHTS
 from tests.lab.simulation import SimClock, SimFarm, SimLink
 
-SHARED = Path(os.environ.get("SHARED", "../shared"))
-WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
 FARMS, SEEDS, LOSS = 200, 5, 0.3
 FASTEST, SPREAD = 60.0, 5.0
 IMAGES = (20, 60)

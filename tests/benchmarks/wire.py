@@ -5,8 +5,6 @@ envelopes, HTTP headers, polls, heartbeats. A round lasts from when its work is 
 next one's.
 """
 
-import json
-import subprocess
 import tempfile
 import threading
 import time
@@ -18,7 +16,6 @@ from statistics import fmean
 from typing import Any
 
 from common.config import TrainConfig
-from common.files import write_atomically
 from common.processes import (
     Child,
     free_port,
@@ -28,7 +25,7 @@ from common.processes import (
 )
 from server.store import Store
 from tests.benchmarks import plants
-from tests.system.site import command, start
+from tests.system.site import call, command, start, toml
 from tests.system.slowlink import GOOD, Conditions, SlowLink
 
 LOOK_SECONDS = 0.1
@@ -82,7 +79,7 @@ def network(
     with terminate_like_interrupt(), ExitStack() as stack:
         children: list[Child] = []
         stack.callback(lambda: stop_all(children, 20))
-        _call("fieldfed-server", "pretrain", str(server))
+        call("fieldfed-server", "pretrain", str(server))
         up = start("up", command("fieldfed-server", "up", str(server)), root)
         children.append(up)
         wait_for_port("127.0.0.1", port, 120, up)
@@ -94,7 +91,7 @@ def network(
             _write_settings(folder / "farm.toml", {"farm": _farm(root, name, link)})
             if preload:
                 base = str(server / "base.safetensors")
-                _call("fieldfed-client", "load", str(folder), base)
+                call("fieldfed-client", "load", str(folder), base)
             children.append(start(name, command("fieldfed-client", "run", str(folder)), root))
         tally = Tally(links)
         ended = threading.Event()
@@ -105,7 +102,7 @@ def network(
 
 def train(server: Path) -> None:
     """One run to its end."""
-    _call("fieldfed-server", "train", str(server))
+    call("fieldfed-server", "train", str(server), seconds=LIMIT_SECONDS)
 
 
 def rounds_of(server: Path, tally: Tally) -> list[dict[str, float]]:
@@ -126,13 +123,12 @@ def rounds_of(server: Path, tally: Tally) -> list[dict[str, float]]:
 
 def settings(train_config: TrainConfig, rounds: int, **plan: Any) -> dict[str, dict[str, Any]]:
     """Sections of a server's settings for the shared ViT-S and its source species."""
-    source = next(path for path in sorted((plants.SHARED / "data" / "source").iterdir()))
     return {
         "backbone": {
             "name": plants.NAME,
             "image_size": plants.SIDE,
             "weights": str(plants.WEIGHTS.resolve()),
-            "source": str(source.resolve()),
+            "source": str(plants.source()),
             "anchor_images": 64,
         },
         "plan": {"rounds": rounds, **plan},
@@ -180,19 +176,8 @@ def _farm(root: Path, name: str, link: SlowLink) -> dict[str, Any]:
 
 
 def _write_settings(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> None:
-    lines = []
-    for name, values in sections.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
-
-
-def _call(*arguments: str) -> None:
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{arguments}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}")
+    path.write_text(toml(sections))
 
 
 def _watch(tally: Tally, ended: threading.Event) -> None:
