@@ -20,19 +20,20 @@ from common.fit import train_epochs
 from common.heads import tap_heads
 from common.images import Part
 from common.spec import ModelSpec
-from common.trainable import factors, trainable_set
+from common.trainable import TrainableSet, factors, trainable_set
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
     """What local training changed.
 
-    ``delta``: trained minus start, float32 (n,), laid out as the trainable set says
+    ``delta``: trained minus start, float32 (n,), laid out as ``trained`` says
     (common/trainable.py). ``loss`` is the mean objective of the last epoch, ``dal`` its mean
     domain alignment loss before weighting (0 when it is off; being unbiased, the MMD may be
     slightly negative).
     """
 
+    trained: TrainableSet
     delta: Floats
     loss: float
     dal: float
@@ -100,7 +101,7 @@ def align(
     chosen.merge(model, delta)
     last = penalty.seen[-max(1, log.steps // passes) :]
     dal = float(torch.stack(last).mean()) if last else 0.0
-    return Aligned(delta, log.loss, dal, log.steps, log.seconds)
+    return Aligned(chosen, delta, log.loss, dal, log.steps, log.seconds)
 
 
 class _Penalty:

@@ -54,7 +54,7 @@ from common.messages import (
 from common.scores import encode_neurons
 from common.spec import ModelSpec
 from common.step import MAX_BYTES, Step, most_bytes
-from common.trainable import trainable_set
+from common.trainable import TrainableSet
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Farm:
         if private is not None:
             delta = private.update(delta)
             scores = None if scores is None else private.scores(scores)
-        coded = self._encode(request, base, delta)
+        coded = self._encode(request, aligned.trained, delta)
         log.info(
             "%s round %d: decide accuracy %.3f, loss %.3f, %d steps",
             *(self.name, request.round, judged.accuracy, aligned.loss, aligned.steps),
@@ -206,9 +206,8 @@ class Farm:
         )
         return reply, coded.lost
 
-    def _encode(self, request: AlignRequest, base: Base, delta: codec.Floats) -> Coded:
+    def _encode(self, request: AlignRequest, trained: TrainableSet, delta: codec.Floats) -> Coded:
         """What was learned, and what earlier replies left behind, as one coded update."""
-        trained = trainable_set(base.model, request.train.trainable, request.train.rank)
         rest = carried(self._state, request, trained)
         values = delta if rest is None else delta + rest
         seed = self._seed(request, request.round)

@@ -20,7 +20,7 @@ from common.compress import compress, expand
 from common.config import TrainConfig
 from common.errors import FieldfedError
 from common.messages import AlignRequest
-from common.surgery import slice_tensors
+from common.surgery import slice_flat
 from common.trainable import TrainableSet, trainable_set
 
 log = logging.getLogger(__name__)
@@ -88,5 +88,4 @@ def _sliced(
     spec, keep = seen
     with torch.device("meta"):  # shapes alone
         before = trainable_set(build(spec), request.train.trainable, request.train.rank)
-    kept = slice_tensors(before.layout.unflatten(rest), spec, keep)
-    return trained.layout.flatten(kept)
+    return slice_flat(rest, before.layout, spec, keep, trained.layout)

@@ -12,7 +12,6 @@ from a seed, sigma per head is the median distance between source images.
 Shapes: B images, U heads of all blocks in block order, d channels of a head, D features.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from torch import Tensor
 from common.backbone import block_layers
 from common.errors import ConfigError, DataError, ProtocolError, RejectReason
 from common.heads import evaluation_mode, tap_heads
+from common.tensors import header_of
 
 FEATURES = 64
 SIGMA_POOL = 2048
@@ -100,7 +100,7 @@ class Anchors:
             )
         try:
             tensors = load(body)
-            header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+            header, _ = header_of(body)
             about = _Metadata.model_validate_json(header["__metadata__"]["anchors"])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ProtocolError(f"anchors cannot be read: {str(error)[:200]}") from error

@@ -16,7 +16,7 @@ LEVEL = 9
 def compress(data: Bytes) -> Bytes:
     """uint8 of ``data`` or of a frame that holds it, whichever is shorter."""
     # one-shot frames say how long their content is, which the receiver relies on
-    frame = zstandard.ZstdCompressor(level=LEVEL).compress(data.tobytes())
+    frame = zstandard.ZstdCompressor(level=LEVEL).compress(data.data)
     return np.frombuffer(frame, np.uint8) if len(frame) < data.size else data
 
 
@@ -26,17 +26,16 @@ def expand(data: Bytes, limit: int) -> Bytes:
     Raises:
         ProtocolError: a damaged frame, or OVERSIZED where it holds more than ``limit`` bytes.
     """
-    raw = data.tobytes()
-    if not raw.startswith(zstandard.FRAME_HEADER):
+    if data[: len(zstandard.FRAME_HEADER)].tobytes() != zstandard.FRAME_HEADER:
         return data
     try:
-        size = zstandard.frame_content_size(raw)
+        size = zstandard.frame_content_size(data.data)
         if not 0 <= size <= limit:
             raise ProtocolError(
                 f"a compressed body holds {'?' if size < 0 else size} bytes, at most {limit} pass",
                 RejectReason.OVERSIZED,
             )
-        content = zstandard.ZstdDecompressor().decompress(raw, allow_extra_data=False)
+        content = zstandard.ZstdDecompressor().decompress(data.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ProtocolError(f"a compressed body is damaged: {error}") from error
     return np.frombuffer(content, np.uint8)

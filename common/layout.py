@@ -83,7 +83,6 @@ def layout_of(model: nn.Module, names: Iterable[str]) -> Layout:
     return Layout(chosen, tuple(tuple(known[name].shape) for name in chosen))
 
 
-@torch.no_grad()
 def add(model: nn.Module, layout: Layout, flat: Floats) -> None:
     """Add decoded numbers, fp32 (n,), to the parameters in place.
 
@@ -91,8 +90,13 @@ def add(model: nn.Module, layout: Layout, flat: Floats) -> None:
         ModelError: a parameter is missing, has another shape or is not fp32.
         ProtocolError: ``flat`` does not fit the layout.
     """
+    add_tensors(model, layout.unflatten(flat))
+
+
+@torch.no_grad()
+def add_tensors(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Add changes to the parameters of that name in place; raises ModelError as :func:`add`."""
     parameters = dict(model.named_parameters())
-    changes = layout.unflatten(flat)
     for name, change in changes.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != change.shape or parameter.dtype != torch.float32:

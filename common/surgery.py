@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from common.backbone import block_layers, build, spec_of
 from common.errors import DataError, ModelError
 from common.heads import PreHook, evaluation_mode, registered
+from common.layout import Floats, Layout
 from common.mask import Keep
 from common.spec import ModelSpec
 from common.trainable import FACTOR
@@ -97,6 +98,16 @@ def slice_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec, keep: Keep) ->
         name: tensor.index_select(*cuts[name]) if name in cuts else tensor
         for name, tensor in tensors.items()
     }
+
+
+def slice_flat(flat: Floats, before: Layout, spec: ModelSpec, keep: Keep, after: Layout) -> Floats:
+    """What is left of numbers laid out ``before`` a cut of ``spec``, laid out as ``after`` it.
+
+    Raises:
+        ModelError: ``keep`` names units that ``spec`` does not have, or a layout does not fit.
+        ProtocolError: ``flat`` does not fit ``before``.
+    """
+    return after.flatten(slice_tensors(before.unflatten(flat), spec, keep))
 
 
 def _require_within(keep: Keep, spec: ModelSpec) -> None:

@@ -19,7 +19,7 @@ output of both kinds of layer move about as far by it.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,11 +29,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common import layout
 from common.backbone import block_layers
 from common.codec import Floats
 from common.errors import ModelError
-from common.layout import Layout
+from common.layout import Layout, add_tensors
 
 TRAINABLE_SETS = ("bias", "attention", "lora", "full")
 FACTOR = "factor"
@@ -53,14 +52,9 @@ class TrainableSet:
             ModelError: the backbone is not the one that the set was made for.
             ProtocolError: ``flat`` does not fit.
         """
-        if not self.rank:
-            layout.add(model, self.layout, flat)
-            return
         changes = self.layout.unflatten(flat)
-        plain = [name for name in self.layout.names if not name.endswith(FACTOR)]
-        named = layout.layout_of(model, plain)
-        layout.add(model, named, named.flatten(changes))
-        self.merge(model, flat)
+        add_tensors(model, {n: c for n, c in changes.items() if not n.endswith(FACTOR)})
+        self._merge(model, changes)
 
     def merge(self, model: VisionTransformer, flat: Floats) -> None:
         """Add what the factors of a change amount to, and nothing else of it.
@@ -68,10 +62,12 @@ class TrainableSet:
         Raises:
             ProtocolError: ``flat`` does not fit.
         """
+        self._merge(model, self.layout.unflatten(flat))
+
+    def _merge(self, model: VisionTransformer, changes: Mapping[str, Tensor]) -> None:
         if self.rank:
-            changes = self.layout.unflatten(flat)
-            for name, linear, trains_rows in _factored(model):
-                _merge(linear, changes[name], name, trains_rows)
+            for factor in _factors_of(model, self.rank):
+                factor.merge(changes[factor.name])
 
 
 def trainable_set(model: VisionTransformer, kind: str, rank: int = 8) -> TrainableSet:
@@ -84,11 +80,8 @@ def trainable_set(model: VisionTransformer, kind: str, rank: int = 8) -> Trainab
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if kind != "lora":
         return TrainableSet(Layout(tuple(names), tuple(shapes[name] for name in names)), 0)
-    for name, linear, trains_rows in _factored(model):
-        rows, columns = linear.weight.shape
-        shapes[name] = (rows, rank) if trains_rows else (rank, columns)
-        names.append(name)
-    names.sort()
+    shapes |= {factor.name: factor.shape for factor in _factors_of(model, rank)}
+    names = sorted([*names, *(name for name in shapes if name.endswith(FACTOR))])
     return TrainableSet(Layout(tuple(names), tuple(shapes[name] for name in names)), rank)
 
 
@@ -114,21 +107,20 @@ def factors(model: VisionTransformer, rank: int) -> Iterator[None]:
 
     They are named as in the layout of ``lora`` and take part in the forward pass through hooks.
     """
+    found = list(_factors_of(model, rank))
     hooks = []
     try:
-        for name, linear, trains_rows in _factored(model):
-            rows, columns = linear.weight.shape
-            shape = (rows, rank) if trains_rows else (rank, columns)
-            linear.register_parameter(FACTOR, nn.Parameter(torch.zeros(shape)))
-            frozen = _frozen(name, linear, rank, trains_rows)
-            hooks.append(linear.register_forward_hook(_Beside(frozen, trains_rows)))
+        for factor in found:
+            trained = nn.Parameter(torch.zeros(factor.shape))
+            factor.linear.register_parameter(FACTOR, trained)
+            hooks.append(factor.linear.register_forward_hook(factor.beside()))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for _, linear, _ in _factored(model):
-            if hasattr(linear, FACTOR):
-                delattr(linear, FACTOR)
+        for factor in found:
+            if hasattr(factor.linear, FACTOR):
+                delattr(factor.linear, FACTOR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +137,52 @@ class _Beside:
         return output + functional.linear(functional.linear(inputs[0], trained), self.frozen)
 
 
-def _factored(model: VisionTransformer) -> Iterator[tuple[str, nn.Linear, bool]]:
-    """Name of the factor, layer, and whether its rows are trained (else its columns)."""
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """The trained factor of one layer: of its rows (out, r), or of its columns (r, in)."""
+
+    name: str
+    linear: nn.Linear
+    trains_rows: bool
+    rank: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the trained factor."""
+        rows, columns = self.linear.weight.shape
+        return (rows, self.rank) if self.trains_rows else (self.rank, columns)
+
+    def beside(self) -> _Beside:
+        """The hook that takes the factors into the forward pass."""
+        return _Beside(torch.from_numpy(self._frozen()), self.trains_rows)
+
+    def merge(self, trained: Tensor) -> None:
+        """Add T F to the weight: rank by rank, a product and a sum at a time, never fused."""
+        frozen, weight = self._frozen(), self.linear.weight.detach().numpy()
+        left, right = (trained.numpy(), frozen) if self.trains_rows else (frozen, trained.numpy())
+        change = np.zeros_like(weight)
+        for number in range(self.rank):
+            change += left[:, number, None] * right[number]
+        weight += change
+
+    def _frozen(self) -> Floats:
+        """The frozen factor: (r, C) beside trained rows, (C, r) beside trained columns."""
+        rows, columns = self.linear.weight.shape
+        if self.trains_rows:
+            return _signs(self.name, self.rank, columns) * np.float32(1 / math.sqrt(columns))
+        return np.ascontiguousarray(_signs(self.name, self.rank, rows).T * np.float32(1 / rows))
+
+
+def _factors_of(model: VisionTransformer, rank: int) -> Iterator[_Factor]:
     for number, layers in enumerate(block_layers(model)):
-        assert isinstance(layers.attn.qkv, nn.Linear)
-        assert isinstance(layers.attn.proj, nn.Linear)
-        yield f"blocks.{number}.attn.qkv.{FACTOR}", layers.attn.qkv, True
-        yield f"blocks.{number}.attn.proj.{FACTOR}", layers.attn.proj, False
-        yield f"blocks.{number}.mlp.fc1.{FACTOR}", layers.fc1, True
-        yield f"blocks.{number}.mlp.fc2.{FACTOR}", layers.fc2, False
+        for place, linear, trains_rows in (
+            ("attn.qkv", layers.attn.qkv, True),
+            ("attn.proj", layers.attn.proj, False),
+            ("mlp.fc1", layers.fc1, True),
+            ("mlp.fc2", layers.fc2, False),
+        ):
+            assert isinstance(linear, nn.Linear)
+            yield _Factor(f"blocks.{number}.{place}.{FACTOR}", linear, trains_rows, rank)
 
 
 def _signs(name: str, rank: int, width: int) -> Floats:
@@ -161,37 +190,3 @@ def _signs(name: str, rank: int, width: int) -> Floats:
     bits = np.frombuffer(hashlib.shake_256(name.encode()).digest(-(-rank * width // 8)), np.uint8)
     flat = np.unpackbits(bits)[: rank * width].astype(np.float32)
     return (flat * 2 - 1).reshape(rank, width)
-
-
-def _frozen(name: str, linear: nn.Linear, rank: int, trains_rows: bool) -> Tensor:
-    """The frozen factor: (r, C) beside trained rows, (C, r) beside trained columns."""
-    rows, columns = linear.weight.shape
-    if trains_rows:
-        return torch.from_numpy(_signs(name, rank, columns) * _row_scale(columns))
-    return torch.from_numpy(_signs(name, rank, rows).T * _column_scale(rows)).contiguous()
-
-
-def _row_scale(width: int) -> np.float32:
-    return np.float32(1 / math.sqrt(width))
-
-
-def _column_scale(width: int) -> np.float32:
-    return np.float32(1 / width)
-
-
-@torch.no_grad()
-def _merge(linear: nn.Linear, trained: Tensor, name: str, trains_rows: bool) -> None:
-    """Add T F to the weight: rank by rank, a product and a sum at a time, never fused."""
-    weight = linear.weight.numpy()
-    rows, columns = weight.shape
-    rank = trained.shape[1 if trains_rows else 0]
-    width = columns if trains_rows else rows
-    scale = _row_scale(width) if trains_rows else _column_scale(width)
-    signs, values = _signs(name, rank, width), trained.numpy() * scale
-    change = np.zeros_like(weight)
-    for number in range(rank):
-        if trains_rows:
-            change += values[:, number, None] * signs[number]
-        else:
-            change += signs[number, :, None] * values[number]
-    weight += change

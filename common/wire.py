@@ -57,7 +57,7 @@ _DTYPES: dict[str, Dtype] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")
 
 
 def to_record(message: Request | Reply) -> RecordDict:
-    """The record of a message; its arrays are copied into .npy bytes."""
+    """The record of a message; its arrays are copied."""
     arrays = {name: getattr(message, name) for name in _array_fields(type(message))}
     present = {name: array for name, array in arrays.items() if array is not None}
     small = {name: a.tobytes() for name, a in present.items() if a.nbytes <= SMALL_BYTES}

@@ -17,7 +17,7 @@ from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
 from common.spec import ModelSpec
-from common.surgery import slice_tensors
+from common.surgery import slice_flat
 from common.trainable import TrainableSet, trainable_set
 from server.close import Base, Work
 from server.collect import Accept, Verdict
@@ -173,10 +173,9 @@ class Intake:
         old, old_spec = self._models.view(reply.base)
         layout = self._trained(old).layout
         values = codec.decode(reply.update, base=reply.base, count=count)
-        kept = slice_tensors(layout.unflatten(values), old_spec, keep)
         new, _ = self._models.view(base.digest)
         smaller = self._trained(new)
-        flat = smaller.layout.flatten(kept)
+        flat = slice_flat(values, layout, old_spec, keep, smaller.layout)
         return codec.encode(flat, base.digest, bits=32, rank=smaller.rank)
 
     def _keep(self, number: int, node: int, attempt: int, reply: AlignReply, size: int) -> Verdict:

@@ -19,6 +19,7 @@ from common.messages import AlignReply, AlignRequest
 from common.surgery import prune, slice_tensors
 from common.trainable import TrainableSet, trainable_set
 from tests.lab.network import SIDE, TINY
+from tests.lab.replies import align_reply
 
 SPEC = backbone.dense_spec("vit_tiny_patch16_224", SIDE, TINY)
 LIMIT = 100_000_000
@@ -39,19 +40,7 @@ def answer(state: FarmState, asked: AlignRequest, delta: Floats, trained: Traina
     rest = carried(state, asked, trained)
     values = delta if rest is None else delta + rest
     coded = encode(values, asked.train, asked.base, trained.rank, seed=asked.round)
-    reply = AlignReply(
-        **asked.identity(),
-        farm="farm",
-        examples=10,
-        accuracy=0.5,
-        f1=0.5,
-        loss=1.0,
-        dal=0.0,
-        steps=1,
-        train_seconds=0.5,
-        seconds=1.0,
-        update=coded.update,
-    )
+    reply = align_reply(coded.update, **asked.identity())
     state.save_reply(asked, "align", reply, coded.lost)
     return codec.decode(expand(coded.update, LIMIT), base=asked.base, count=delta.size)
 

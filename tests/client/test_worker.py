@@ -14,6 +14,7 @@ import pytest
 from client.worker import in_worker
 from common.errors import LaunchError
 from common.messages import AlignReply, HelloReply
+from tests.lab.replies import align_reply
 from tests.waiting import wait_until
 
 PARENT = """
@@ -43,23 +44,7 @@ def test_an_answer_comes_from_another_process() -> None:
 
 def test_arrays_come_through_unchanged() -> None:
     update = np.arange(300_000).astype(np.uint8)
-    sent = AlignReply(
-        run=1,
-        round=1,
-        attempt=1,
-        farm="oak",
-        base="ab" * 32,
-        mask="cd" * 32,
-        examples=1,
-        accuracy=0.5,
-        f1=0.5,
-        loss=1,
-        dal=0,
-        steps=1,
-        train_seconds=1,
-        seconds=1,
-        update=update,
-    )
+    sent = align_reply(update)
     reply = in_worker(lambda: sent)
     assert isinstance(reply, AlignReply)
     np.testing.assert_array_equal(reply.update, update)

@@ -12,10 +12,11 @@ import numpy as np
 
 from common import backbone, codec
 from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig, TrainConfig
-from common.messages import AlignReply, AlignRequest, EvaluateReply, HelloReply, Reply, Request
+from common.messages import AlignRequest, EvaluateReply, HelloReply, Reply, Request
 from server.link import Delivery, Sent
 from server.rounds import RunSettings, run_rounds
 from tests.lab.link import LabClock
+from tests.lab.replies import align_reply
 
 # every parameter of a ViT-Ti as fp32: 21 MB a reply
 NAME, SIDE = "vit_tiny_patch16_224", 32
@@ -52,19 +53,8 @@ class Crowd:
         farm = f"farm{node}"
         if isinstance(request, AlignRequest):
             values = self._rng.standard_normal(self._count, dtype=np.float32)
-            return AlignReply(
-                **request.identity(),
-                farm=farm,
-                examples=10,
-                accuracy=0.5,
-                f1=0.5,
-                loss=1.0,
-                dal=0.0,
-                steps=1,
-                train_seconds=0.5,
-                seconds=1.0,
-                update=codec.encode(values, request.base, bits=32),
-            )
+            update = codec.encode(values, request.base, bits=32)
+            return align_reply(update, **request.identity(), farm=farm)
         if request.kind == "evaluate":
             return EvaluateReply(
                 **request.identity(),

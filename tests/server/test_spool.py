@@ -16,6 +16,7 @@ from common.errors import DiskError, StateError
 from common.messages import AlignReply
 from server.rows import SpooledReply
 from server.spool import Spool
+from tests.lab.replies import align_reply
 
 BASE = "aa" * 32
 
@@ -28,24 +29,8 @@ def reply(scored: bool = False, seed: int = 0) -> AlignReply:
         "head_mmd2": rng.standard_normal(6).astype(np.float32),
         "neuron_importance": rng.integers(0, 256, 40).astype(np.uint8),
     }
-    return AlignReply(
-        run=3,
-        round=2,
-        attempt=1,
-        farm="rice",
-        base=BASE,
-        mask=BASE,
-        examples=10,
-        accuracy=0.5,
-        f1=0.5,
-        loss=1,
-        dal=0,
-        steps=1,
-        train_seconds=1,
-        seconds=1,
-        update=codec.encode(values, BASE),
-        **(scores if scored else {}),
-    )
+    update = codec.encode(values, BASE)
+    return align_reply(update, run=3, round=2, farm="rice", **(scores if scored else {}))
 
 
 @pytest.fixture

@@ -72,10 +72,10 @@ def command(*arguments: str) -> list[str]:
     return [str(BIN / arguments[0]), *arguments[1:]]
 
 
-def call(*arguments: str, code: int = 0) -> str:
-    """Run one of our commands to its end; returns all that it printed."""
+def call(*arguments: str, code: int = 0, seconds: float = 600) -> str:
+    """Run one of our commands to its end, within so many seconds; returns all that it printed."""
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=600, check=False
+        command(*arguments), capture_output=True, text=True, timeout=seconds, check=False
     )
     assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -115,7 +115,7 @@ def open_site(
     port, server = free_port(), root / "server"
     source = draw_folder(root / "photos" / "source", 3, 16, 7)
     server.mkdir(parents=True)
-    (server / "server.toml").write_text(_toml(port, source, settings or {}))
+    (server / "server.toml").write_text(_settings(port, source, settings or {}))
     call("fieldfed-server", "pretrain", str(server))
     with ExitStack() as stack:
         children: list[Child] = []
@@ -140,7 +140,7 @@ def init_farm(root: Path, name: str, number: int, link: Proxy | SlowLink) -> str
     return folder
 
 
-def _toml(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
+def _settings(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
     own: dict[str, dict[str, object]] = {
         "server": {"port": port},
         "backbone": {"source": str(source)},
@@ -150,7 +150,12 @@ def _toml(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) 
     for group in (_SETTINGS, own, changes):
         for name, values in group.items():
             sections[name] = sections.get(name, {}) | dict(values)
-    lines = ["seed = 1"]
+    return "seed = 1\n" + toml(sections)
+
+
+def toml(sections: Mapping[str, Mapping[str, object]]) -> str:
+    """Settings as a file holds them."""
+    lines = []
     for name, section in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
     return "\n".join(lines) + "\n"
