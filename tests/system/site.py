@@ -97,6 +97,12 @@ def words(process: psutil.Process) -> str:
         return ""
 
 
+def tell(children: Sequence[Child]) -> None:
+    """Print how each child's log ends; pytest shows it beside a failure."""
+    for child in children:
+        print(f"--- {child.name}\n{child.last_words(15)}")
+
+
 @contextmanager
 def open_site(
     root: Path,
@@ -119,6 +125,7 @@ def open_site(
     call("fieldfed-server", "pretrain", str(server))
     with ExitStack() as stack:
         children: list[Child] = []
+        stack.callback(lambda: tell(children))
         stack.callback(lambda: stop_all(children, 15))
         up = start("up", command("fieldfed-server", "up", str(server)), root)
         children.append(up)
