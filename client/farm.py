@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from client import traffic
 from client.align import Aligned, align
+from client.criteria import Scoring, score
 from client.privacy import Curtain
 from client.residual import Coded, carried, encode
-from client.scores import FarmScores, score_units
+from client.scores import FarmScores
 from client.state import FarmState
 from client.turns import turn
 from common import backbone, codec, fit
@@ -221,10 +222,19 @@ class Farm:
         Before alignment: once the classifier has learnt its images by heart, the few that it still
         misses would decide which heads matter.
         """
-        if not request.score:
+        if request.criterion is None:
             return None
-        batches = self._folder.fit.batches(base.spec, request.train.batch_size)
-        return score_units(base.model, classifier, batches, anchors, autocast=self._autocast)
+        scoring = Scoring(
+            model=base.model,
+            spec=base.spec,
+            classifier=classifier,
+            part=self._folder.fit,
+            batch_size=request.train.batch_size,
+            anchors=anchors,
+            seed=_seed(request.seed, request.round),
+            autocast=self._autocast,
+        )
+        return score(request.criterion, scoring)
 
     def _learn(
         self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None
@@ -367,5 +377,9 @@ class Farm:
 
     def _seed(self, request: Work, number: int) -> int:
         """Farm randomness depends on seed, round and farm alone, so a run can be repeated."""
-        text = f"{request.seed}/{number}/{self.name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+        return _seed(request.seed, number, self.name)
+
+
+def _seed(*parts: int | str) -> int:
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

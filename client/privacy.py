@@ -56,10 +56,10 @@ class Curtain:
             StateError: the key or the record cannot be read or written.
         """
         config = request.privacy or PrivacyConfig()
-        _insist(config, request.score, farm.min_noise)
+        _insist(config, request.criterion is not None, farm.min_noise)
         what = _identity(request)
         if request.privacy is not None or farm.max_epsilon is not None:
-            cost = mu_squared(config, updates=1, scores=int(request.score))
+            cost = mu_squared(config, updates=1, scores=int(request.criterion is not None))
             _charge(state, what, cost, farm.max_epsilon)
         return None if request.privacy is None else cls(config, farm_key(state), what)
 

@@ -64,7 +64,7 @@ def score_units(
     device = next(model.parameters()).device
     totals: list[Tensor] = []
     statistics, images_seen = Statistics(), 0
-    with evaluation_mode(model, classifier), _without_gradients(model, classifier):
+    with evaluation_mode(model, classifier), without_gradients(model, classifier):
         for images, labels in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 importance, taps = _score_batch(
@@ -77,7 +77,7 @@ def score_units(
     if images_seen == 0:
         raise DataError("no images to score heads and neurons on; check the farm's image folder")
     depth = len(totals) // 2
-    heads, neurons = _normalised(totals[:depth]), _normalised(totals[depth:])
+    heads, neurons = normalised(totals[:depth]), normalised(totals[depth:])
     mmd2 = np.zeros_like(heads)
     if anchors is not None:
         mmd2 = pooled_mmd2(statistics, anchors).float().cpu().numpy()
@@ -101,7 +101,7 @@ def _score_batch(
 
 
 @contextmanager
-def _without_gradients(*modules: nn.Module) -> Iterator[None]:
+def without_gradients(*modules: nn.Module) -> Iterator[None]:
     """Only the gates need a graph; without weights in it, it is smaller."""
     found = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     try:
@@ -113,8 +113,12 @@ def _without_gradients(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _normalised(blocks: list[Tensor]) -> Floats:
-    """Blocks joined and divided by their sum; all equal where nothing has any influence."""
+def normalised(blocks: list[Tensor]) -> Floats:
+    """Blocks joined and divided by their sum; all equal where nothing has any influence.
+
+    Raises:
+        ModelError: they are not finite.
+    """
     flat = torch.cat(blocks)
     total = flat.sum()
     if not torch.isfinite(total):

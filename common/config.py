@@ -15,6 +15,7 @@ from common.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FIELDFED_"
 
+Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 
@@ -68,7 +69,12 @@ class PlanConfig(Section):
     prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
     prune_events: int = Field(default=2, ge=1, le=100)
     warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
-    exponent: float = Field(default=0.0, ge=0, le=10, description="a in importance*invariance^a")
+    criterion: Criterion = Field(
+        default="taylor", description="how farms score heads and neurons (client/criteria.py)"
+    )
+    exponent: float = Field(
+        default=1.0, ge=0, le=10, description="a in importance * invariance^a of taha"
+    )
     compensation: Literal["none", "bias", "least_squares"] = Field(
         default="least_squares", description="how what was cut is made up for, on source images"
     )
@@ -92,6 +98,11 @@ class PlanConfig(Section):
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} must lie between 0 and 1 (exclusive), not {value}")
         return self
+
+    @property
+    def invariance_exponent(self) -> float:
+        """How much a head's invariance counts: taha's ``exponent``, 0 for every other criterion."""
+        return self.exponent if self.criterion == "taha" else 0.0
 
     @property
     def prunes(self) -> bool:
@@ -218,9 +229,9 @@ class ServerConfig(Section):
     def _privacy_fits_plan(self) -> Self:
         if self.privacy is None or not self.plan.prunes:
             return self
-        if self.privacy.score_noise > 0 and self.plan.exponent > 0:
+        if self.privacy.score_noise > 0 and self.plan.invariance_exponent > 0:
             raise ValueError(
-                "plan.exponent must be 0 with privacy.score_noise: shifts are not sent"
+                "plan.criterion cannot be taha with privacy.score_noise: shifts are not sent"
             )
         if self.privacy.max_epsilon is not None and self.privacy.score_noise == 0:
             raise ValueError("privacy.max_epsilon needs privacy.score_noise in a run that prunes")

@@ -318,8 +318,8 @@ def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
 
 
 @lru_cache(maxsize=16)
-def _costs(dense: ModelSpec) -> tuple[int, int, int]:
-    """MACs of the dense backbone, of one head and of one neuron; building it to count is slow."""
+def unit_costs(dense: ModelSpec) -> tuple[int, int, int]:
+    """MACs of a dense backbone, of one head and of one neuron; building it to count is slow."""
     # here, so that reading or showing a mask needs no torch
     from common.backbone import head_macs, macs, neuron_macs, tokens
 
@@ -331,7 +331,7 @@ def _units_to_drop(
     heads: _Candidates, neurons: _Candidates, dense: ModelSpec, budget: Budget
 ) -> tuple[int, int]:
     assert budget.macs_kept is not None
-    total, head_cost, neuron_cost = _costs(dense)
+    total, head_cost, neuron_cost = unit_costs(dense)
     now = total - heads.dropped * head_cost - neurons.dropped * neuron_cost
     excess = now - math.floor(budget.macs_kept * total)
     if excess <= 0:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError
 from pydantic_core import core_schema
 
-from common.config import PrivacyConfig, TrainConfig
+from common.config import Criterion, PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
 
 PROTOCOL = 2
@@ -95,7 +95,9 @@ class AlignRequest(Work):
     anchors: Bytes | None = Field(
         default=None, description="safetensors; absent where the farm holds them already"
     )
-    score: bool = Field(default=False, description="also score every head and MLP neuron")
+    criterion: Criterion | None = Field(
+        default=None, description="also score every head and MLP neuron, in this way"
+    )
     steps: int | None = Field(default=None, ge=1, description="at most so many; None: all epochs")
     folded: int | None = Field(
         default=None, ge=0, description="newest round in which a reply of this farm counts"

@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
+app.add_typer(masks, name="mask")
+RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
 Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml and its state")]
 
 SETTINGS = """\
@@ -127,12 +130,16 @@ def train(
     rounds: Annotated[int | None, typer.Option(help="instead of [plan] rounds")] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="taylor, taha, l1gates, magnitude or random")
+    ] = None,
     label: Annotated[str, typer.Option(help="name of the closing report")] = "model",
     log: LogOption = "text",
 ) -> None:
     """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run."""
     logs.start_logging(log)
-    plan = {"rounds": rounds, "prune_heads": prune_heads, "prune_macs": prune_macs}
+    plan: dict[str, Any] = {"rounds": rounds, "prune_heads": prune_heads, "criterion": criterion}
+    plan["prune_macs"] = prune_macs
     changes: dict[str, Any] = {key: value for key, value in plan.items() if value is not None}
     if changes.keys() & {"prune_heads", "prune_macs"}:
         changes = {"prune_heads": None, "prune_macs": None} | changes
@@ -183,21 +190,19 @@ def readmit(
 def report(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
-    run_number: Annotated[int | None, typer.Option("--run", help="default: the last")] = None,
+    run_number: RunNumber = None,
 ) -> None:
     """Write a self-contained HTML report of a run and print its tables."""
     from server.models import Models
     from server.provenance import provenance
     from server.report import write_report
-    from server.store import Store
+    from server.store import opened_run
     from server.story import terminal_table
     from server.summary import summarise
 
-    store = Store.open(folder / "fieldfed.db", read_only=True)
-    try:
-        row = store.latest_run() if run_number is None else store.run(run_number)
-        if row is None or not store.reports(row.run):
-            raise StateError(f"'{folder}' has no reported run yet; see: fieldfed-server status")
+    with opened_run(folder, run_number) as (store, row):
+        if not store.reports(row.run):
+            raise StateError(f"run {row.run} has no report yet; see: fieldfed-server status")
         story = summarise(
             store,
             Models(folder),
@@ -205,11 +210,49 @@ def report(
             title=f"Run {row.run}",
             provenance=provenance(" ".join(["fieldfed-server", *sys.argv[1:]]), row.seed),
         )
-    finally:
-        store.close()
     write_report(story, out, {})
     Console().print(terminal_table(story))
     print(f"report: {out}")
+
+
+@masks.command("show", epilog="Example: fieldfed-server mask show network")
+def show_mask(folder: Folder, run_number: RunNumber = None) -> None:
+    """Which heads and neurons are left, block by block."""
+    from common.mask import Mask
+    from server.store import opened_run
+
+    with opened_run(folder, run_number) as (store, row):
+        last = store.last_committed(row.run)
+        mask = Mask.from_json(row.mask_json if last is None else store.mask(last[1].mask))
+        events = [one for one in store.rounds(row.run) if one.kind == "align"]
+    print(mask.describe())
+    ratio = next((one.macs_ratio for one in reversed(events) if one.macs_ratio is not None), 1.0)
+    print(
+        f"run {row.run}: {mask.heads_kept_ratio:.1%} of heads, {mask.neurons_kept_ratio:.1%} of "
+        f"neurons, {ratio:.1%} of MACs"
+    )
+
+
+@masks.command("explain", epilog="Example: fieldfed-server mask explain network 3 1")
+def explain_head(
+    folder: Folder,
+    block: Annotated[int, typer.Argument(help="from 0, as 'mask show' counts")],
+    head: Annotated[int, typer.Argument(help="from 0, in the dense backbone")],
+    run_number: RunNumber = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Why a head is still there, or is not: its scores by farm and its rank at every cut."""
+    from common.backbone import read_spec
+    from server.explain import explain, show
+    from server.models import Models
+    from server.store import opened_run
+
+    with opened_run(folder, run_number) as (store, row):
+        case = explain(store, row, read_spec(Models(folder).path(row.base)), block, head)
+    if as_json:
+        print(json.dumps(case.values(), indent=2, sort_keys=True))
+    else:
+        Console().print(show(case))
 
 
 @app.command(

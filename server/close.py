@@ -6,7 +6,7 @@ compensation -> anchors of the new mask -> one commit.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
 from server.models import Models
-from server.spool import ReplyReader, Spool
+from server.spool import ReplyReader, ReplyScores, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ class RoundCloser:
         readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(base.digest)
         update, cut = self._update(replies, readers, model, base.digest), None
-        farms = self._score(run, replies, readers, spec) if work.scored else {}
+        sent = _sent(replies, readers) if work.scored else {}
+        farms = self._score(run, sent, spec)
         agreed = self._agree(replies, farms)
         mask = base.mask
         if budget is not None and agreed is not None:
@@ -101,7 +102,7 @@ class RoundCloser:
         if mask != base.mask:
             log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
         candidate = self._candidate(model, spec, digest, base.digest, mask)
-        scores = self._rows(agreed, farms, replies, base.mask)
+        scores = _rows(agreed, farms, sent, replies, base.mask)
         self._commit(run, number, candidate, mask, replies, scores, verdict)
         return Base(digest, mask)
 
@@ -185,21 +186,14 @@ class RoundCloser:
     # --- consensus -------------------------------------------------------------------------
 
     def _score(
-        self,
-        run: int,
-        replies: Sequence[ReplyRow],
-        readers: Sequence[ReplyReader],
-        spec: ModelSpec,
+        self, run: int, sent: Mapping[int, ReplyScores], spec: ModelSpec
     ) -> dict[int, UnitScores]:
         """Each farm's scores by node; the scale tau is frozen at the run's first score round."""
-        parts = {
-            row.node: reader.scores()
-            for row, reader in zip(replies, readers, strict=True)
-            if row.of_round == row.round
-        }
+        if not sent:
+            return {}
         tau = self._store.tau(run)
         if tau is None:
-            tau = median_tau([part.head_mmd2 for part in parts.values()])
+            tau = median_tau([part.head_mmd2 for part in sent.values()])
             self._store.freeze_tau(run, tau)
         return {
             node: farm_scores(
@@ -207,10 +201,10 @@ class RoundCloser:
                 part.head_mmd2,
                 decode_neurons(part.neuron_importance, sum(spec.neurons)),
                 tau=tau,
-                exponent=self._config.plan.exponent,
+                exponent=self._config.plan.invariance_exponent,
                 spec=spec,
             )
-            for node, part in parts.items()
+            for node, part in sent.items()
         }
 
     def _agree(
@@ -226,21 +220,6 @@ class RoundCloser:
         hidden = private is not None and private.score_noise > 0
         kappa = plan.kappa if plan.consensus == "mean" and not hidden else 0.0
         return consensus(weighed, kappa=kappa, rule=plan.consensus)
-
-    def _rows(
-        self,
-        agreed: UnitScores | None,
-        farms: dict[int, UnitScores],
-        replies: Sequence[ReplyRow],
-        mask: Mask,
-    ) -> list[ScoreRow]:
-        if agreed is None:
-            return []
-        names = {row.node: row.farm for row in replies}
-        rows = [ScoreRow(farm=None, mask=mask.digest, heads=agreed.flat_heads())]
-        for node, scores in farms.items():
-            rows.append(ScoreRow(farm=names[node], mask=mask.digest, heads=scores.flat_heads()))
-        return rows
 
     def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
         """The mask of a prune event; one that was undone in this run is not tried again."""
@@ -270,3 +249,36 @@ class RoundCloser:
             anchors = compute_anchors(pruned, self._source(pruned_spec), seed, coral)
             self._models.save_anchors(after.digest, anchors)
         return pruned, pruned_spec, cut
+
+
+def _sent(replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]) -> dict[int, ReplyScores]:
+    """What farms sent by node; a late reply scored an older backbone."""
+    return {
+        row.node: reader.scores()
+        for row, reader in zip(replies, readers, strict=True)
+        if row.of_round == row.round
+    }
+
+
+def _rows(
+    agreed: UnitScores | None,
+    farms: Mapping[int, UnitScores],
+    sent: Mapping[int, ReplyScores],
+    replies: Sequence[ReplyRow],
+    mask: Mask,
+) -> list[ScoreRow]:
+    if agreed is None:
+        return []
+    names = {row.node: row.farm for row in replies}
+    rows = [ScoreRow(farm=None, mask=mask.digest, heads=agreed.flat_heads())]
+    for node, scores in farms.items():
+        rows.append(
+            ScoreRow(
+                farm=names[node],
+                mask=mask.digest,
+                heads=scores.flat_heads(),
+                importance=sent[node].head_importance,
+                mmd2=sent[node].head_mmd2,
+            )
+        )
+    return rows

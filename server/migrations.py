@@ -204,7 +204,13 @@ _FIFTH: Migration = (
 # Scores cost privacy, whether or not any of them arrived.
 _SIXTH: Migration = ("ALTER TABLE rounds ADD COLUMN scored INTEGER NOT NULL DEFAULT 0",)
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH)
+# What a farm's score was made of, so that the fate of a head can be explained.
+_SEVENTH: Migration = (
+    "ALTER TABLE scores ADD COLUMN importance BLOB",
+    "ALTER TABLE scores ADD COLUMN mmd2 BLOB",
+)
+
+MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

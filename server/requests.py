@@ -44,7 +44,7 @@ class Requests:
             **self._work(node, attempt, work.number, work.base),
             train=self._config.train,
             **self._anchors(node, work),
-            score=work.scored,
+            criterion=self._config.plan.criterion if work.scored else None,
             steps=budgets.get(node),
             folded=self._folded.get(node),
             privacy=self._config.privacy,

@@ -220,9 +220,12 @@ class ScoreRow:
     """Scores of one farm, or of the consensus (``farm`` None), over the units of ``mask``.
 
     ``heads`` is fp32 (sum of heads,), ``neurons`` fp32 (sum of neurons,) where they were kept.
+    ``importance`` and ``mmd2``, fp32 (sum of heads,), are what a farm sent for its heads.
     """
 
     farm: str | None
     mask: str
     heads: Floats
     neurons: Floats | None = None
+    importance: Floats | None = None
+    mmd2: Floats | None = None

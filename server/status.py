@@ -8,13 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import StateError
 from common.mask import Mask
 from common.scores import UnitScores
 from server import privacy
 from server.consensus import rank_correlation
 from server.rows import GUARD, FarmRow, RunRow
-from server.store import Store
+from server.store import Store, opened_run
 from server.story import percent, size_text
 
 
@@ -24,19 +23,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
     Raises:
         StateError: there is no run yet, or the store cannot be read.
     """
-    path = folder / "fieldfed.db"
-    if not path.is_file():
-        raise StateError(
-            f"no run in '{folder}' yet; start one with: fieldfed-server train {folder}"
-        )
-    store = Store.open(path, read_only=True)
-    try:
-        run = store.latest_run()
-        if run is None:
-            raise StateError(f"no run in '{folder}' yet; start one with: fieldfed-server train")
+    with opened_run(folder) as (store, run):
         return _run(store, run)
-    finally:
-        store.close()
 
 
 def _run(store: Store, run: RunRow) -> dict[str, Any]:
@@ -146,7 +134,7 @@ def show(values: dict[str, Any]) -> Group:
     """The snapshot for ``rich.console.Console.print``."""
     head = f"run {values['run']} '{values['label']}': {values['state']}"
     parts: list[RenderableType] = [Text(f"{head}  {values['detail']}".rstrip(), "bold")]
-    rounds = _table("rounds", "round", "state", "replies", "accuracy", "MACs", "heads", "seconds")
+    rounds = table("rounds", "round", "state", "replies", "accuracy", "MACs", "heads", "seconds")
     for row in values["rounds"]:
         rounds.add_row(
             str(row["round"]),
@@ -158,7 +146,7 @@ def show(values: dict[str, Any]) -> Group:
             "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         )
     columns = ("farm", "images", "classes", "test accuracy", "messages", "at socket", "rejected")
-    farms = _table("farms", *columns)
+    farms = table("farms", *columns)
     for row in values["farms"]:
         reports = ", ".join(f"{label} {value:.3f}" for label, value in row["reports"].items())
         farms.add_row(
@@ -197,7 +185,8 @@ def _both_ways(up: int | None, down: int | None) -> str:
     return "-" if up is None or down is None else f"{size_text(up)} up\n{size_text(down)} down"
 
 
-def _table(title: str, *columns: str) -> Table:
+def table(title: str, *columns: str) -> Table:
+    """An empty table, its columns as wide as they need."""
     table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, overflow="fold")

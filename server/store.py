@@ -9,7 +9,9 @@ committed round. Other processes (status, page) open the file read-only while th
 import hashlib
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -47,6 +49,7 @@ __all__ = [
     "VerdictRow",
 ]
 
+_VECTORS = ("heads", "neurons", "importance", "mmd2")
 _RUNS = (
     "SELECT runs.*, masks.json AS mask_json FROM runs JOIN masks ON mask = digest "
     "WHERE ?1 IS NULL OR run = ?1 ORDER BY run"
@@ -226,10 +229,10 @@ class Store(Records):
                 {"run": run, "round": number, **vars(candidate)},
             )
             db.executemany(
-                "INSERT INTO scores (run, round, farm, mask, heads, neurons) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO scores (run, round, farm, mask, heads, neurons, importance, mmd2) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (run, number, row.farm, row.mask, _blob(row.heads), _blob(row.neurons))
+                    (run, number, row.farm, row.mask, *(_blob(getattr(row, of)) for of in _VECTORS))
                     for row in scores
                 ],
             )
@@ -265,8 +268,8 @@ class Store(Records):
         """Scores by score round, oldest first; in a round in the order of the commit."""
         rounds: dict[int, list[ScoreRow]] = {}
         for row in self._select("SELECT * FROM scores WHERE run = ? ORDER BY round, id", run):
-            neurons = None if row["neurons"] is None else _floats(row["neurons"])
-            scores = ScoreRow(row["farm"], row["mask"], _floats(row["heads"]), neurons)
+            vectors = {of: _floats(row[of]) for of in _VECTORS if row[of] is not None}
+            scores = ScoreRow(row["farm"], row["mask"], **vectors)
             rounds.setdefault(row["round"], []).append(scores)
         return rounds
 
@@ -281,6 +284,24 @@ class Store(Records):
         """The masks of a run as JSON by digest, oldest first."""
         digests = [self.run(run).mask] + [row.mask for row in self.candidates(run).values()]
         return {digest: self.mask(digest) for digest in dict.fromkeys(digests)}
+
+
+@contextmanager
+def opened_run(folder: Path, number: int | None = None) -> Iterator[tuple[Store, RunRow]]:
+    """A server's store, open for reading, and one of its runs: by default the last.
+
+    Raises:
+        StateError: there is no run yet or none of that number, or the store cannot be read.
+    """
+    path = folder / "fieldfed.db"
+    nothing = f"no run in '{folder}' yet; start one with: fieldfed-server train {folder}"
+    if not path.is_file():
+        raise StateError(nothing)
+    with Store.open(path, read_only=True) as store:
+        run = store.latest_run() if number is None else store.run(number)
+        if run is None:
+            raise StateError(nothing)
+        yield store, run
 
 
 def _mask_digest(mask_json: str) -> str:

@@ -92,7 +92,7 @@ class Answers:
         spec, count = self._shape(request)
         values = self._rng.standard_normal(count, dtype=np.float32)
         scores: dict[str, Any] = {}
-        if request.score:
+        if request.criterion is not None:
             heads, neurons = sum(spec.heads), sum(spec.neurons)
             scores["head_importance"] = self._rng.dirichlet(np.ones(heads)).astype(np.float32)
             scores["head_mmd2"] = self._rng.uniform(0, 1, heads).astype(np.float32)

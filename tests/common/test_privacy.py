@@ -217,7 +217,7 @@ def test_settings_that_promise_nothing_are_refused(values: dict[str, Any], fault
 @pytest.mark.parametrize(
     ("privacy", "plan", "fault"),
     [
-        ({"score_noise": 1.0}, {"exponent": 1.0}, "exponent"),
+        ({"score_noise": 1.0}, {"criterion": "taha"}, "taha"),
         ({"clip": 1.0, "noise": 1.0, "max_epsilon": 2.0}, {}, "score_noise"),
     ],
 )

@@ -70,7 +70,7 @@ LARGE = 200_004
 MESSAGES: list[Request | Reply] = [
     HelloRequest(),
     HelloReply(farm="apple", examples=3, classes=2, held=(DIGEST,)),
-    AlignRequest(**WORK, train=TrainConfig(), anchors=np.zeros(5, np.uint8), score=True),
+    AlignRequest(**WORK, train=TrainConfig(), anchors=np.zeros(5, np.uint8), criterion="taha"),
     AlignRequest(**WORK, train=TrainConfig(dal_weight=1e-7)),
     EvaluateRequest(**WORK, label="probe", train=TrainConfig(), body=np.ones(9, np.uint8)),
     align_reply(head_importance=np.linspace(0, 1, 72, dtype=np.float32)),

@@ -60,7 +60,7 @@ def request_(lab: Lab) -> AlignRequest:
         body_kind="full",
         body=body,
         train=lab.config.train,
-        score=True,
+        criterion="taylor",
         privacy=NOISY,
     )
 
@@ -233,7 +233,7 @@ def test_the_error_of_the_mean_falls_with_the_root_of_the_number_of_farms(
             return self._body[offset : offset + length]
 
     fine = request_.train.model_copy(update={"update_bits": 8})  # coding adds next to no error
-    plain = request_.model_copy(update={"score": False, "train": fine})
+    plain = request_.model_copy(update={"criterion": None, "train": fine})
     cut_only = plain.model_copy(update={"privacy": PrivacyConfig(clip=0.5)})
     truth = numbers(aligned(lab, tmp_path / "truth", cut_only))
     readers = [Reader(n, aligned(lab, tmp_path / str(n), plain)) for n in range(16)]

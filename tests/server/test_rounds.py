@@ -176,6 +176,20 @@ def test_a_macs_budget_removes_heads_and_neurons_and_is_kept(tmp_path: Path) -> 
     assert mask.neurons_kept_ratio < 1
 
 
+@pytest.mark.parametrize("criterion", ["taha", "l1gates"])
+def test_farms_score_by_the_criterion_of_the_plan(criterion: str, tmp_path: Path) -> None:
+    lab = Lab(tmp_path, count=2, criterion=criterion, prune_macs=0.4, rounds=2)
+    link = lab.run()
+    asked = [request for _, request in link.requests if isinstance(request, AlignRequest)]
+    assert {request.criterion for request in asked} == {criterion, None}
+    with lab.store() as store:
+        last = store.last_committed(1)
+        assert last is not None
+        kept = Mask.from_json(store.mask(last[1].mask))
+    assert kept.heads_kept_ratio < 1
+    assert kept.neurons_kept_ratio < 1
+
+
 @pytest.mark.parametrize(
     ("backbone", "train"),
     [
