@@ -6,6 +6,7 @@ project; ``SHARED`` in the environment names another place.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +30,17 @@ from common.config import (
     ServerConfig,
     TrainConfig,
 )
+from server.models import Models
 from server.pretrain import pretrain
 from server.rounds import RunSettings, WallClock, run_rounds
+from server.store import opened_run
 from tests.lab.link import LabLink
 
 SHARED = Path(os.environ.get("SHARED", "../shared"))
 WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
 NAME, SIDE, PER_CLASS, PROCESSES = "vit_small_patch14_dinov2", 112, 40, 2
 
+Pool: TypeAlias = ProcessPoolExecutor
 Correct = Mapping[str, npt.NDArray[np.bool_]]
 
 
@@ -84,10 +89,15 @@ class Judged:
 
     def packed(self) -> dict[str, dict[str, str]]:
         """As JSON: bits of every farm in hexadecimal, behind their number."""
-        return {
-            label: {farm: f"{len(c)}:{np.packbits(c).tobytes().hex()}" for farm, c in one.items()}
-            for label, one in self.reports.items()
-        }
+        return packed_by(self.reports)
+
+
+def packed_by(reports: Mapping[str, Correct]) -> dict[str, dict[str, str]]:
+    """Outcomes by label and farm as text, for a cell."""
+    return {
+        label: {farm: f"{len(c)}:{np.packbits(c).tobytes().hex()}" for farm, c in one.items()}
+        for label, one in reports.items()
+    }
 
 
 def unpacked(cell: Mapping[str, str]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -109,18 +119,24 @@ def play(
     probe: bool = False,
     local_rounds: int = 0,
     plan: PlanConfig | None = None,
+    keep: Path | None = None,
 ) -> Judged:
-    """One run to its end; reports "model" and, where asked for, "probe" and "local"."""
+    """One run to its end; reports "model" and, where asked for, "probe" and "local".
+
+    ``keep`` is a folder for the last backbone (model.safetensors) and its mask's anchors.
+    """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
     config = settings_of(seed, chosen, train, len(names))
-    with tempfile.TemporaryDirectory() as folder, _pool() as pool:
+    with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)
         pretrain(config, root / "server")
         made = [farm_config(root, name, seed, per_class) for name in names]
         settings = RunSettings(config=config, probe=probe, local_rounds=local_rounds)
         (root / "run.json").write_text(settings.model_dump_json())
         run_rounds(LabLink(made, pool=pool), root / "server", root / "run.json", WallClock())
+        if keep is not None:
+            _keep(root / "server", keep)
         labels = ["model", *(["probe"] if probe else []), *(["local"] if local_rounds else [])]
         return Judged(
             {
@@ -130,13 +146,26 @@ def play(
         )
 
 
+def _keep(server: Path, folder: Path) -> None:
+    with opened_run(server) as (store, run):
+        last = store.last_committed(run.run)
+        assert last is not None
+        _, candidate = last
+    anchors = Models(server).anchors(candidate.mask)
+    assert anchors is not None
+    folder.mkdir(parents=True)
+    (folder / "anchors.safetensors").write_bytes(anchors.tobytes())
+    shutil.copy(candidate.path, folder / "model.safetensors")
+
+
 def _correct(state: Path, label: str) -> npt.NDArray[np.bool_]:
     report = json.loads((state / "reports" / f"{label}.json").read_text())
     return np.array(report["correct"], dtype=np.bool_)
 
 
 @contextmanager
-def _pool() -> Iterator[ProcessPoolExecutor]:
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """Processes that farms work in."""
     with ProcessPoolExecutor(
         PROCESSES, get_context("spawn"), initializer=partial(torch.set_num_threads, 1)
     ) as pool:

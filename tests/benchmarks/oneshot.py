@@ -1,0 +1,256 @@
+"""One cut without training: the farms' scores, the server's mask and compensation, and its price.
+
+The steps are the product's own: ``client.criteria`` on each farm, ``server.consensus``,
+``common.mask`` and ``common.surgery`` on the server. A cut is judged on every farm's whole test
+part, with the classifier that was fitted to the dense checkpoint and with one fitted anew.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from client.criteria import Scoring, score
+from client.scores import FarmScores
+from common import backbone, fit
+from common.anchors import Anchors
+from common.config import Criterion, PlanConfig, TrainConfig
+from common.images import FarmFolder, Part, Purpose, open_folder
+from common.mask import Budget, Mask, choose_mask
+from common.pixels import Pixels, load_image
+from common.scores import UnitScores
+from common.surgery import Method, Moments, collect_moments, prune_compensated
+from server.consensus import consensus, farm_scores, median_tau
+from server.pretrain import source_batches
+from tests.benchmarks import plants
+
+Flags: TypeAlias = npt.NDArray[np.bool_]
+Judgement: TypeAlias = dict[str, dict[str, Flags]]
+"""By classifier (fixed, refitted), then farm: which test images were classified correctly."""
+
+WARM_UP = 3
+FIXED, REFITTED = "fixed", "refitted"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense backbone after warm-up rounds, and a folder for what belongs to it."""
+
+    folder: Path
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """The backbone."""
+        return self.folder / "dense.safetensors"
+
+    @property
+    def anchors(self) -> Path:
+        """Of its heads, on the source species."""
+        return self.folder / "anchors.safetensors"
+
+    def make(self) -> None:
+        """Warm up, unless that has been done."""
+        if self.path.is_file() and self.anchors.is_file():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = self.folder / "fresh"
+        shutil.rmtree(fresh, ignore_errors=True)
+        plants.play(TrainConfig(), WARM_UP, self.seed, keep=fresh)
+        (fresh / "anchors.safetensors").replace(self.anchors)
+        (fresh / "model.safetensors").replace(self.path)
+
+
+# --- on a farm, in a process of the pool -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoded(Part):
+    """A part whose images were decoded once; only what is not augmented comes from there."""
+
+    pixels: Pixels
+
+    @classmethod
+    def of(cls, part: Part) -> "Decoded":
+        pixels = np.stack([load_image(path, plants.SIDE) for path in part.paths])
+        return cls(part.paths, part.labels, pixels)
+
+    def _load(self, indices, side, seed):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+        if seed is not None:
+            return super()._load(indices, side, seed)
+        chosen = list(map(int, indices))
+        return self.pixels[chosen], chosen
+
+
+@dataclass(frozen=True)
+class _Images:
+    fit: Part
+    test: Part
+    classes: int
+
+
+@cache
+def _images(checkpoint: Checkpoint, name: str) -> _Images:
+    config, state = plants.farm_config(checkpoint.folder, name, checkpoint.seed, plants.PER_CLASS)
+    state.mkdir(parents=True, exist_ok=True)
+    folder: FarmFolder = open_folder(
+        config.farm.data,
+        per_class=config.farm.per_class,
+        seed=config.farm.seed,
+        cache=state / "images.json",
+    )
+    test = folder.open_test(Purpose.REPORT)
+    return _Images(Decoded.of(folder.fit), Decoded.of(test), len(folder.classes))
+
+
+@cache
+def _classifier(checkpoint: Checkpoint, name: str) -> nn.Linear:
+    """Fitted to the dense checkpoint."""
+    model, spec = backbone.load_backbone(checkpoint.path)
+    images = _images(checkpoint, name)
+    return fit.fit_classifier(*fit.extract(model, images.fit, spec), images.classes)
+
+
+def score_farm(checkpoint: Checkpoint, name: str, criterion: Criterion) -> tuple[int, FarmScores]:
+    """What a farm answers in a score round: images of its fit part, and its scores."""
+    model, spec = backbone.load_backbone(checkpoint.path)
+    part = _images(checkpoint, name).fit
+    scoring = Scoring(
+        model=model,
+        spec=spec,
+        classifier=_classifier(checkpoint, name),
+        part=part,
+        batch_size=TrainConfig().batch_size,
+        anchors=Anchors.from_bytes(checkpoint.anchors.read_bytes()),
+        seed=checkpoint.seed,
+        autocast=fit.bf16_supported(),
+    )
+    return len(part), score(criterion, scoring)
+
+
+def judge_farm(checkpoint: Checkpoint, name: str, path: Path) -> dict[str, Flags]:
+    """Which test images a backbone and the two classifiers get right."""
+    model, spec = backbone.load_backbone(path)
+    images = _images(checkpoint, name)
+    fitted = fit.fit_classifier(*fit.extract(model, images.fit, spec), images.classes)
+    features, labels = fit.extract(model, images.test, spec)
+    classifiers = {FIXED: _classifier(checkpoint, name), REFITTED: fitted}
+    return {
+        label: fit.evaluate(classifier, features, labels).correct
+        for label, classifier in classifiers.items()
+    }
+
+
+# --- on the server ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A mask and what it kept."""
+
+    mask: Mask
+    judged: dict[Method, Judgement]
+
+
+class Bench:
+    """All that one-shot cuts of one checkpoint share.
+
+    Args:
+        checkpoint: made.
+        farms: by name.
+        pool: processes that farms work in.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, farms: Sequence[str], pool: ProcessPoolExecutor
+    ) -> None:
+        self._checkpoint, self._farms, self._pool = checkpoint, list(farms), pool
+        self._model, self.dense = backbone.load_backbone(checkpoint.path)
+        self._scores: dict[Criterion, UnitScores] = {}
+        self._moments: Moments | None = None
+
+    def agreed(self, criterion: Criterion) -> UnitScores:
+        """The consensus of all farms."""
+        if criterion not in self._scores:
+            work = [
+                self._pool.submit(score_farm, self._checkpoint, name, criterion)
+                for name in self._farms
+            ]
+            self._scores[criterion] = self._consensus(criterion, [one.result() for one in work])
+        return self._scores[criterion]
+
+    def _consensus(
+        self, criterion: Criterion, sent: Sequence[tuple[int, FarmScores]]
+    ) -> UnitScores:
+        plan = PlanConfig(criterion=criterion)
+        tau = median_tau([scores.head_mmd2 for _, scores in sent])
+        farms = [
+            (
+                examples,
+                farm_scores(
+                    scores.head_importance,
+                    scores.head_mmd2,
+                    scores.neuron_importance,
+                    tau=tau,
+                    exponent=plan.invariance_exponent,
+                    spec=self.dense,
+                ),
+            )
+            for examples, scores in sent
+        ]
+        return consensus(farms, kappa=plan.kappa, rule=plan.consensus)
+
+    def cut(self, criterion: Criterion, budget: Budget, methods: Sequence[Method]) -> Cut:
+        """Choose the mask of a budget, and judge it with each compensation."""
+        dense = Mask.dense(self.dense)
+        mask = choose_mask(self.agreed(criterion), dense, self.dense, budget)
+        return Cut(mask, {method: self._judge_cut(mask, method) for method in methods})
+
+    def judge_dense(self) -> Judgement:
+        """The checkpoint itself."""
+        return self._judge(self._checkpoint.path)
+
+    def _judge_cut(self, mask: Mask, method: Method) -> Judgement:
+        keep = mask.keep_in(Mask.dense(self.dense))
+        moments = None if method == "none" else self._second_moments()
+        model, spec = prune_compensated(self._model, self.dense, keep, moments, method)
+        path = self._checkpoint.folder / "cut.safetensors"
+        backbone.save_backbone(path, model, spec)
+        return self._judge(path)
+
+    def _judge(self, path: Path) -> Judgement:
+        work = {
+            name: self._pool.submit(judge_farm, self._checkpoint, name, path)
+            for name in self._farms
+        }
+        found = {name: one.result() for name, one in work.items()}
+        return {label: {name: found[name][label] for name in found} for label in (FIXED, REFITTED)}
+
+    def _second_moments(self) -> Moments:
+        """Of the source species, as the server takes them at a prune event."""
+        if self._moments is None:
+            plan, train = PlanConfig(), TrainConfig()
+            config = plants.settings_of(self._checkpoint.seed, plan, train, len(self._farms))
+            count = config.backbone.anchor_images
+            batches = source_batches(plants.source(), self.dense, count, config.seed)
+            with torch.inference_mode():
+                self._moments = collect_moments(self._model, batches)
+        return self._moments
+
+
+def summary(judged: Judgement) -> str:
+    """Mean accuracy over farms by classifier, for a line of progress."""
+    means = {
+        label: round(float(np.mean([one.mean() for one in farms.values()])), 4)
+        for label, farms in judged.items()
+    }
+    return json.dumps(means)

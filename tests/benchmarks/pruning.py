@@ -1,0 +1,197 @@
+"""What a cut costs: criteria, compensation and classifier compared at five sizes, without training.
+
+``make bench-pruning`` needs the photographs and the weights beside the project. Ten farms, 40
+images per class. For each seed: three rounds of warm-up, then cuts of that one checkpoint to 70
+... 30 % of its MACs, each judged on every farm's whole test part. Differences are paired on the
+same images. A warm-up takes 5 minutes on two idle cores, a cell about one, all of them about an
+hour and a half.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import get_args
+
+from common.config import Criterion
+from common.mask import Budget
+from common.surgery import Method
+from server.compare import paired_bootstrap, verdict
+from tests.benchmarks import plants
+from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.oneshot import Bench, Checkpoint, Flags, summary
+
+SEEDS = (0, 1)
+RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
+"""In the order of their cells: what matters most first."""
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+METHODS: tuple[Method, ...] = get_args(Method)
+DEFAULT: Criterion = "taylor"
+DENSE = "dense"
+
+
+class Runs:
+    """The checkpoint and the farms of one seed, made when the first cell needs them."""
+
+    def __init__(self, seed: int, pool: plants.Pool, root: Path) -> None:
+        self._checkpoint = Checkpoint(root / f"seed{seed}", seed)
+        self._pool = pool
+        self._bench: Bench | None = None
+
+    @property
+    def bench(self) -> Bench:
+        """With the checkpoint made."""
+        if self._bench is None:
+            self._checkpoint.make()
+            self._bench = Bench(self._checkpoint, plants.farm_names(), self._pool)
+        return self._bench
+
+
+def dense_cell(runs: Runs, seed: int) -> Cell:
+    """The checkpoint before any cut."""
+    judged = runs.bench.judge_dense()
+    print(f"{DENSE}, seed {seed}: {summary(judged)}", flush=True)
+    return {"criterion": DENSE, "seed": seed, "correct": {"none": plants.packed_by(judged)}}
+
+
+def cut_cell(runs: Runs, criterion: Criterion, ratio: float, seed: int) -> Cell:
+    """One mask with every compensation and both classifiers."""
+    cut = runs.bench.cut(criterion, Budget(macs_kept=ratio), METHODS)
+    for method, judged in cut.judged.items():
+        print(f"{criterion} {ratio:g} {method}, seed {seed}: {summary(judged)}", flush=True)
+    return {
+        "criterion": criterion,
+        "ratio": ratio,
+        "seed": seed,
+        "heads_kept": cut.mask.heads_kept_ratio,
+        "neurons_kept": cut.mask.neurons_kept_ratio,
+        "correct": {method: plants.packed_by(judged) for method, judged in cut.judged.items()},
+    }
+
+
+# --- the table -------------------------------------------------------------------------------
+
+Outcomes = Mapping[str, Sequence[Flags]]
+
+
+def outcomes(cells: Sequence[Cell], method: str, classifier: str) -> dict[str, list[Flags]]:
+    """By farm: which images were right, a vector per seed."""
+    found: dict[str, list[Flags]] = {}
+    for cell in sorted(cells, key=lambda one: int(one["seed"])):
+        for farm, correct in plants.unpacked(cell["correct"][method][classifier]).items():
+            found.setdefault(farm, []).append(correct)
+    return found
+
+
+def means(found: Outcomes) -> list[float]:
+    """Accuracy of each seed, mean over farms."""
+    seeds = len(next(iter(found.values())))
+    return [fmean(float(farm[seed].mean()) for farm in found.values()) for seed in range(seeds)]
+
+
+def row(cells: Sequence[Cell], method: str, classifier: str, against: Outcomes) -> Cell:
+    """One line of the table: a criterion at a size, against the dense checkpoint."""
+    found = outcomes(cells, method, classifier)
+    seeds = means(found)
+    interval = paired_bootstrap(found, against)
+    return {
+        "criterion": cells[0]["criterion"],
+        "macs_ratio": cells[0].get("ratio", 1.0),
+        "compensation": method,
+        "classifier": classifier,
+        "rounds_recovery": 0,
+        "accuracy": fmean(seeds),
+        "accuracy_sd": stdev(seeds) if len(seeds) > 1 else None,
+        "per_seed": seeds,
+        "farms": {farm: [float(one.mean()) for one in flags] for farm, flags in found.items()},
+        "seeds": sorted(int(cell["seed"]) for cell in cells),
+        "heads_kept": fmean(cell.get("heads_kept", 1.0) for cell in cells),
+        "neurons_kept": fmean(cell.get("neurons_kept", 1.0) for cell in cells),
+        "against_dense": {**interval._asdict(), "verdict": verdict(interval)},
+    }
+
+
+def rows(dense: Sequence[Cell], cuts: Sequence[Cell]) -> list[Cell]:
+    """The whole table: by size, then by criterion."""
+    found = []
+    grouped: dict[tuple[float, str], list[Cell]] = {}
+    for cell in cuts:
+        grouped.setdefault((-cell["ratio"], cell["criterion"]), []).append(cell)
+    for classifier in ("fixed", "refitted"):
+        reference = outcomes(dense, "none", classifier)
+        found.append(row(dense, "none", classifier, reference))
+        for _, cells in sorted(grouped.items(), key=lambda item: item[0]):
+            found += [row(cells, method, classifier, reference) for method in METHODS]
+    return found
+
+
+def comparisons(cuts: Sequence[Cell], ratio: float) -> list[Cell]:
+    """The default criterion against every other one at a size, paired on the same images."""
+    at = [cell for cell in cuts if cell["ratio"] == ratio]
+    by_name = {name: [c for c in at if c["criterion"] == name] for name in CRITERIA}
+    found = []
+    for classifier in ("fixed", "refitted"):
+        for method in METHODS:
+            default = outcomes(by_name[DEFAULT], method, classifier)
+            for name in CRITERIA:
+                if name == DEFAULT:
+                    continue
+                other = outcomes(by_name[name], method, classifier)
+                interval = paired_bootstrap(default, other)
+                about = {"default": DEFAULT, "other": name, "macs_ratio": ratio}
+                how = {"compensation": method, "classifier": classifier}
+                found.append({**about, **how, **interval._asdict(), "verdict": verdict(interval)})
+    return found
+
+
+def recovered(table: Sequence[Cell]) -> list[Cell]:
+    """Share of the accuracy lost without compensation that each compensation gives back."""
+    dense = {r["classifier"]: r["accuracy"] for r in table if r["criterion"] == DENSE}
+    key = ("criterion", "macs_ratio", "classifier")
+    plain = {
+        tuple(r[k] for k in key): r["accuracy"]
+        for r in table
+        if r["compensation"] == "none" and r["criterion"] != DENSE
+    }
+    found = []
+    for r in table:
+        before = plain.get(tuple(r[k] for k in key))
+        if r["compensation"] == "none" or before is None:
+            continue
+        lost = dense[r["classifier"]] - before
+        share = (r["accuracy"] - before) / lost if lost > 0 else None
+        found.append({**{k: r[k] for k in (*key, "compensation")}, "share": share})
+    return found
+
+
+def main() -> None:
+    """All cells, then the tables."""
+    plants.require()
+    cells = Cells("pruning")
+    dense: list[Cell | None] = []
+    cuts: list[Cell | None] = []
+    with plants.workers() as pool:
+        for seed in SEEDS:
+            runs = Runs(seed, pool, Path("bench-work/pruning"))
+            dense.append(cells.run(f"dense, seed {seed}", partial(dense_cell, runs, seed)))
+            for ratio in RATIOS:
+                for name in CRITERIA:
+                    work = partial(cut_cell, runs, name, ratio, seed)
+                    cuts.append(cells.run(f"{name} {ratio:g}, seed {seed}", work))
+    if None in (*dense, *cuts):
+        unfinished("bench-pruning")
+    done = [cell for cell in cuts if cell is not None]
+    table = rows([cell for cell in dense if cell is not None], done)
+    for line in table:
+        print(json.dumps({key: value for key, value in line.items() if key != "farms"}))
+    figures = {
+        "rows": table,
+        "comparisons": [line for ratio in sorted(RATIOS) for line in comparisons(done, ratio)],
+        "recovered": recovered(table),
+    }
+    print(f"figures: {cells.finish(figures, SEEDS, 'make bench-pruning')}")
+
+
+if __name__ == "__main__":
+    main()
