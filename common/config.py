@@ -88,6 +88,9 @@ class PlanConfig(Section):
     heads_per_neurons: float = Field(
         default=0.7, gt=0, le=10, description="share of heads dropped per share of neurons dropped"
     )
+    neuron_multiple: int = Field(
+        default=1, ge=1, le=256, description="blocks keep a multiple of so many neurons"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from common import backbone, codec
 from common.anchors import compute_anchors
+from common.budget import Budget, choose_mask
 from common.config import ServerConfig
-from common.mask import Budget, Mask, choose_mask
+from common.mask import Mask
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
 from common.step import Cut, Step

@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from common.budget import unit_costs
 from common.errors import ConfigError
-from common.mask import Mask, unit_costs
+from common.mask import Mask
 from common.scores import Floats, invariance
 from common.spec import ModelSpec
 from server.rows import RunRow, ScoreRow

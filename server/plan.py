@@ -13,9 +13,9 @@ tried a round later; when no round of recovery would be left, nothing more is re
 """
 
 from common.backbone import macs
+from common.budget import Budget
 from common.config import PlanConfig
 from common.errors import ConfigError
-from common.mask import Budget
 from common.spec import ModelSpec
 
 
@@ -98,7 +98,11 @@ class Plan:
     def _budget(self, share: float) -> Budget:
         if self._config.prune_heads is not None:
             return Budget(heads_kept=share)
-        return Budget(macs_kept=share, heads_per_neurons=self._config.heads_per_neurons)
+        return Budget(
+            macs_kept=share,
+            heads_per_neurons=self._config.heads_per_neurons,
+            neuron_multiple=self._config.neuron_multiple,
+        )
 
     def _require_cuts(self, shares: list[float]) -> None:
         """Every event removes something, and the last leaves every block its minimum."""
@@ -107,7 +111,7 @@ class Plan:
         cuts = [self._units(share) for share in shares]
         floor = self._dense.with_units(
             tuple(min(count, least.min_heads) for count in heads),
-            tuple(min(count, least.min_neurons) for count in neurons),
+            tuple(min(count, least.neurons_per_block) for count in neurons),
         )
         name = "prune_macs" if self._config.prune_heads is None else "prune_heads"
         if self._config.prune_heads is None:

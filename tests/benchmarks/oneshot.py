@@ -23,9 +23,10 @@ from client.criteria import Scoring, score
 from client.scores import FarmScores
 from common import backbone, fit
 from common.anchors import Anchors
+from common.budget import Budget, choose_mask
 from common.config import Criterion, PlanConfig, TrainConfig
 from common.images import FarmFolder, Part, Purpose, open_folder
-from common.mask import Budget, Mask, choose_mask
+from common.mask import Mask
 from common.pixels import Pixels, load_image
 from common.scores import UnitScores
 from common.surgery import Method, Moments, collect_moments, prune_compensated

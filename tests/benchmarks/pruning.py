@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import get_args
 
+from common.budget import Budget
 from common.config import Criterion
-from common.mask import Budget
 from common.surgery import Method
 from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.backbone import dense_spec, head_macs, macs, neuron_macs, tokens
+from common.budget import Budget, choose_mask
 from common.errors import ConfigError, ModelError, ProtocolError, RejectReason
-from common.mask import Budget, Mask, choose_mask
+from common.mask import Mask
 from common.scores import UnitScores
 
 SPEC = dense_spec("vit_tiny_patch16_224", 64, {"depth": 3})  # 3 heads and 768 neurons per block
@@ -225,6 +226,30 @@ def test_macs_are_met_to_the_unit(seed: int, share: float, ratio: float, start: 
     assert cost(mask) + unit > share * TOTAL
     assert min(map(len, mask.heads)) >= 1
     assert min(map(len, mask.neurons)) >= 8
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=seeds,
+    share=st.floats(0.25, 1),
+    start=st.floats(0.5, 1),
+    multiple=st.sampled_from([8, 16, 32, 100]),
+)
+def test_neurons_go_in_portions_and_the_budget_is_met_to_one(
+    seed: int, share: float, start: float, multiple: int
+) -> None:
+    current = choose_mask(scores_for(DENSE, seed), DENSE, SPEC, Budget(macs_kept=start))
+    budget = Budget(macs_kept=share, neuron_multiple=multiple)
+    mask = choose_mask(scores_for(current, seed), current, SPEC, budget)
+    assert mask.is_within(current)
+    assert cost(mask) <= share * TOTAL
+    changed = False
+    for before, after in zip(current.neurons, mask.neurons, strict=True):
+        changed |= after != before
+        assert after == before or len(after) % multiple == 0
+        assert len(after) >= min(len(before), budget.neurons_per_block)
+    if changed and any(len(kept) > budget.neurons_per_block for kept in mask.neurons):
+        assert cost(mask) + multiple * NEURON > share * TOTAL
 
 
 @settings(deadline=None, max_examples=20)

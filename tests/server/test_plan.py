@@ -5,9 +5,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.backbone import dense_spec
+from common.budget import Budget
 from common.config import PlanConfig
 from common.errors import ConfigError
-from common.mask import Budget
 from common.spec import ModelSpec
 from server.plan import Plan
 

@@ -1,0 +1,220 @@
+"""What may be kept, and the choice of a mask by score.
+
+Choosing is greedy within each kind of unit. Heads and neurons are not ranked on one scale (a head
+costs as much as 139 neurons of a ViT-S and would always lose); ``heads_per_neurons`` couples their
+drop shares.
+
+Shapes: H_l heads and M_l neurons of block l.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError, ProtocolError, RejectReason
+from common.mask import Blocks, Mask
+from common.scores import UnitScores
+from common.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept, relative to the DENSE backbone: give ``heads_kept`` or ``macs_kept``.
+
+    Args:
+        heads_kept: share of heads, in (0, 1]; neurons stay.
+        macs_kept: share of multiply-accumulates, in (0, 1].
+        heads_per_neurons: share of heads dropped per share of neurons dropped, for ``macs_kept``.
+        min_heads: kept per block at least (all, where a block has fewer).
+        min_neurons: likewise.
+        neuron_multiple: a block that loses neurons keeps a multiple of so many: hardware works in
+            such portions, and a count between two of them is no faster than the next.
+
+    Raises:
+        ConfigError: a value out of range, or not exactly one budget.
+    """
+
+    heads_kept: float | None = None
+    macs_kept: float | None = None
+    heads_per_neurons: float = 0.7
+    min_heads: int = 1
+    min_neurons: int = 8
+    neuron_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.heads_kept is None) == (self.macs_kept is None):
+            raise ConfigError("a budget needs either heads_kept or macs_kept, and not both")
+        for name in ("heads_kept", "macs_kept"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"{name} must be above 0 and at most 1, not {share}")
+        if not 0 < self.heads_per_neurons < math.inf:
+            raise ConfigError(f"heads_per_neurons must be above 0, not {self.heads_per_neurons}")
+        if self.min_heads < 1 or self.min_neurons < 1 or self.neuron_multiple < 1:
+            raise ConfigError("min_heads, min_neurons and neuron_multiple must be at least 1")
+
+    @property
+    def neurons_per_block(self) -> int:
+        """What a block keeps at least: ``min_neurons``, up to the next multiple."""
+        return -(-self.min_neurons // self.neuron_multiple) * self.neuron_multiple
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Units of one kind that may go, as (block, positions) in the order in which they go."""
+
+    order: Sequence[tuple[int, tuple[int, ...]]]
+    left: int
+    dense: int
+
+    @property
+    def dropped(self) -> int:
+        """Units that earlier events have dropped."""
+        return self.dense - self.left
+
+    def sums(self) -> npt.NDArray[np.int64]:
+        """Units that go with the first 0, 1, 2, ... entries of ``order``."""
+        return np.cumsum([0, *(len(positions) for _, positions in self.order)])
+
+    def first(self, count: int) -> list[tuple[int, int]]:
+        """(block, position) of all units in the first entries of ``order``."""
+        return [(block, one) for block, positions in self.order[:count] for one in positions]
+
+
+def _candidates(
+    scores: Iterable[npt.NDArray[np.float32]], least: int, dense: int, multiple: int = 1
+) -> _Candidates:
+    """All but each block's best ``least``, lowest score first; of equals the later goes first.
+
+    They go one by one or, with ``multiple``, in the portions that leave multiples, which count by
+    the mean score of their units.
+    """
+    order: list[tuple[float, int, int, tuple[int, ...]]] = []
+    left = 0
+    for block, values in enumerate(scores):
+        left += len(values)
+        worst_first = np.argsort(-values.astype(np.float64), kind="stable")[::-1]
+        start = 0
+        while len(values) - start > least:
+            size = (len(values) - start) % multiple or multiple
+            portion = worst_first[start : start + size]
+            mean = float(values[portion].mean(dtype=np.float64))
+            order.append((mean, -block, start, tuple(map(int, portion))))
+            start += size
+    return _Candidates([(-block, portion) for _, block, _, portion in sorted(order)], left, dense)
+
+
+def choose_mask(scores: UnitScores, current: Mask, dense: ModelSpec, budget: Budget) -> Mask:
+    """The mask within ``current`` that keeps the most score under a budget.
+
+    With ``heads_kept`` exactly ``round(share * dense heads)`` heads stay. With ``macs_kept`` the
+    cost never exceeds the budget, and one more unit would (a portion of neurons is one): every
+    number of dropped heads implies the fewest neurons that must go too, and the pair closest to
+    ``heads_per_neurons`` is taken. Where ``current`` already meets the budget it is returned
+    unchanged.
+
+    Args:
+        scores: of the units of the current model, so of ``current``'s shape.
+        current: what is left now.
+        dense: the spec that the budget refers to.
+        budget: shares and per-block minimums.
+
+    Raises:
+        ConfigError: the per-block minimums do not allow the budget.
+        ModelError: ``current`` is not a mask of ``dense``.
+        ProtocolError: the scores are for other units, or not finite.
+    """
+    spec = current.apply_to(dense)
+    _require_scores(scores, spec)
+    heads = _candidates(scores.heads, budget.min_heads, sum(dense.heads))
+    neurons = _candidates(
+        scores.neurons, budget.neurons_per_block, sum(dense.neurons), budget.neuron_multiple
+    )
+    if budget.heads_kept is not None:
+        drop_heads, drop_neurons = _heads_to_drop(heads, budget), 0
+    else:
+        drop_heads, drop_neurons = _units_to_drop(heads, neurons, dense, budget)
+    return Mask(
+        _without(current.heads, heads.first(drop_heads)),
+        _without(current.neurons, neurons.first(drop_neurons)),
+        current.dense_heads,
+        current.dense_neurons,
+    )
+
+
+def _require_scores(scores: UnitScores, spec: ModelSpec) -> None:
+    shapes = tuple(map(len, scores.heads)), tuple(map(len, scores.neurons))
+    if shapes != (spec.heads, spec.neurons):
+        raise ProtocolError(
+            f"scores for {shapes[0]} heads per block, the model has {spec.heads}, or the neurons "
+            "differ; score the model that is to be cut",
+            RejectReason.SHAPE,
+        )
+    if not all(np.isfinite(values).all() for values in (*scores.heads, *scores.neurons)):
+        raise ProtocolError("unit scores are not finite", RejectReason.NOT_FINITE)
+
+
+def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
+    assert budget.heads_kept is not None
+    target = round(budget.heads_kept * heads.dense)
+    drop = max(heads.left - target, 0)
+    if drop > len(heads.order):
+        raise ConfigError(
+            f"heads_kept={budget.heads_kept:g} leaves {target} heads, but min_heads="
+            f"{budget.min_heads} per block holds {heads.left - len(heads.order)}; raise heads_kept"
+        )
+    return drop
+
+
+@lru_cache(maxsize=16)
+def unit_costs(dense: ModelSpec) -> tuple[int, int, int]:
+    """MACs of a dense backbone, of one head and of one neuron; building it to count is slow."""
+    # here, so that reading or showing a mask needs no torch
+    from common.backbone import head_macs, macs, neuron_macs, tokens
+
+    token_count = tokens(dense)
+    return macs(dense), head_macs(dense, token_count), neuron_macs(dense, token_count)
+
+
+def _units_to_drop(
+    heads: _Candidates, neurons: _Candidates, dense: ModelSpec, budget: Budget
+) -> tuple[int, int]:
+    assert budget.macs_kept is not None
+    total, head_cost, neuron_cost = unit_costs(dense)
+    now = total - heads.dropped * head_cost - neurons.dropped * neuron_cost
+    excess = now - math.floor(budget.macs_kept * total)
+    if excess <= 0:
+        return 0, 0
+    sums = neurons.sums()
+    needed = [
+        max(-(-(excess - h * head_cost) // neuron_cost), 0)
+        for h in range(min(len(heads.order), -(-excess // head_cost)) + 1)
+    ]
+    pairs = [(h, int(np.searchsorted(sums, count))) for h, count in enumerate(needed)]
+    possible = [(h, n) for h, n in pairs if n <= len(neurons.order)]
+    if not possible:
+        least = now - len(heads.order) * head_cost - int(sums[-1]) * neuron_cost
+        raise ConfigError(
+            f"macs_kept={budget.macs_kept:g} cannot be met: min_heads={budget.min_heads} and "
+            f"min_neurons={budget.min_neurons} per block hold {least / total:.3f} of the dense "
+            "MACs; raise macs_kept or lower the minimums"
+        )
+
+    def imbalance(pair: tuple[int, int]) -> float:
+        head_share = (heads.dropped + pair[0]) / heads.dense
+        neuron_share = (neurons.dropped + int(sums[pair[1]])) / neurons.dense
+        return abs(head_share - budget.heads_per_neurons * neuron_share)
+
+    return min(possible, key=imbalance)
+
+
+def _without(blocks: Blocks, dropped: list[tuple[int, int]]) -> Blocks:
+    gone = set(dropped)
+    return tuple(
+        tuple(unit for position, unit in enumerate(kept) if (block, position) not in gone)
+        for block, kept in enumerate(blocks)
+    )
