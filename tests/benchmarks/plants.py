@@ -30,6 +30,7 @@ from common.config import (
     ServerConfig,
     TrainConfig,
 )
+from common.mask import Mask
 from server.models import Models
 from server.pretrain import pretrain
 from server.rounds import RunSettings, WallClock, run_rounds
@@ -61,12 +62,14 @@ def source() -> Path:
     return next(path for path in folders if path.is_dir()).resolve()
 
 
-def settings_of(seed: int, plan: PlanConfig, train: TrainConfig, farms: int) -> ServerConfig:
+def settings_of(
+    seed: int, plan: PlanConfig, train: TrainConfig, farms: int, weights: Path = WEIGHTS
+) -> ServerConfig:
     """A server for these farms, which waits for all of them in every round."""
     return ServerConfig(
         seed=seed,
         backbone=BackboneConfig(
-            name=NAME, image_size=SIDE, weights=str(WEIGHTS.resolve()), source=source()
+            name=NAME, image_size=SIDE, weights=str(weights.resolve()), source=source()
         ),
         plan=plan,
         rounds=RoundConfig(deadline_seconds=36_000, grace_seconds=0, min_farms=farms, attempts=1),
@@ -86,6 +89,8 @@ class Judged:
     """Per farm: which test images the reported models classified correctly, by label."""
 
     reports: Mapping[str, Correct]
+    heads_kept: float = 1.0
+    neurons_kept: float = 1.0
 
     def packed(self) -> dict[str, dict[str, str]]:
         """As JSON: bits of every farm in hexadecimal, behind their number."""
@@ -119,15 +124,17 @@ def play(
     probe: bool = False,
     local_rounds: int = 0,
     plan: PlanConfig | None = None,
+    weights: Path | None = None,
     keep: Path | None = None,
 ) -> Judged:
     """One run to its end; reports "model" and, where asked for, "probe" and "local".
 
-    ``keep`` is a folder for the last backbone (model.safetensors) and its mask's anchors.
+    ``weights`` are those to begin with, by default the shared ones; ``keep`` is a folder for the
+    last backbone (model.safetensors) and its mask's anchors.
     """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
-    config = settings_of(seed, chosen, train, len(names))
+    config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS)
     with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)
         pretrain(config, root / "server")
@@ -135,27 +142,33 @@ def play(
         settings = RunSettings(config=config, probe=probe, local_rounds=local_rounds)
         (root / "run.json").write_text(settings.model_dump_json())
         run_rounds(LabLink(made, pool=pool), root / "server", root / "run.json", WallClock())
-        if keep is not None:
-            _keep(root / "server", keep)
+        mask = _keep(root / "server", keep)
         labels = ["model", *(["probe"] if probe else []), *(["local"] if local_rounds else [])]
         return Judged(
             {
                 label: {n: _correct(s, label) for n, (_, s) in zip(names, made, strict=True)}
                 for label in labels
-            }
+            },
+            heads_kept=mask.heads_kept_ratio,
+            neurons_kept=mask.neurons_kept_ratio,
         )
 
 
-def _keep(server: Path, folder: Path) -> None:
+def _keep(server: Path, folder: Path | None) -> Mask:
+    """The last mask of a run; its backbone and anchors go into ``folder``, if there is one."""
     with opened_run(server) as (store, run):
         last = store.last_committed(run.run)
         assert last is not None
         _, candidate = last
+        mask = Mask.from_json(store.mask(candidate.mask))
+    if folder is None:
+        return mask
     anchors = Models(server).anchors(candidate.mask)
     assert anchors is not None
     folder.mkdir(parents=True)
     (folder / "anchors.safetensors").write_bytes(anchors.tobytes())
     shutil.copy(candidate.path, folder / "model.safetensors")
+    return mask
 
 
 def _correct(state: Path, label: str) -> npt.NDArray[np.bool_]:

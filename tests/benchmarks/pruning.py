@@ -1,13 +1,15 @@
-"""What a cut costs: criteria, compensation and classifier compared at five sizes, without training.
+"""What a cut costs: criteria, compensation and classifier compared, without and with training.
 
 ``make bench-pruning`` needs the photographs and the weights beside the project. Ten farms, 40
-images per class. For each seed: three rounds of warm-up, then cuts of that one checkpoint to 70
-... 30 % of its MACs, each judged on every farm's whole test part. Differences are paired on the
-same images. A warm-up takes 5 minutes on two idle cores, a cell about one, all of them about an
-hour and a half.
+images per class. For each seed: three rounds of warm-up, then that one checkpoint is cut to 70 ...
+30 % of its MACs at once, and in events with rounds of recovery between them (recovery.py). All is
+judged on every farm's whole test part; differences are paired on the same images. Two idle cores
+need some five minutes for a warm-up, one for a cut, ten for a run with recovery; call it again
+until it ends. ``ONLY=oneshot`` or ``ONLY=recovery`` does one of the two.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,9 @@ from common.surgery import Method
 from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
-from tests.benchmarks.oneshot import Bench, Checkpoint, Flags, summary
+from tests.benchmarks.frontier import Curve, draw
+from tests.benchmarks.oneshot import FIXED, REFITTED, Bench, Checkpoint, Flags, summary
+from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
 
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
@@ -100,7 +104,7 @@ def row(cells: Sequence[Cell], method: str, classifier: str, against: Outcomes) 
         "macs_ratio": cells[0].get("ratio", 1.0),
         "compensation": method,
         "classifier": classifier,
-        "rounds_recovery": 0,
+        "rounds_recovery": cells[0].get("rounds", 0),
         "accuracy": fmean(seeds),
         "accuracy_sd": stdev(seeds) if len(seeds) > 1 else None,
         "per_seed": seeds,
@@ -118,7 +122,7 @@ def rows(dense: Sequence[Cell], cuts: Sequence[Cell]) -> list[Cell]:
     grouped: dict[tuple[float, str], list[Cell]] = {}
     for cell in cuts:
         grouped.setdefault((-cell["ratio"], cell["criterion"]), []).append(cell)
-    for classifier in ("fixed", "refitted"):
+    for classifier in (FIXED, REFITTED):
         reference = outcomes(dense, "none", classifier)
         found.append(row(dense, "none", classifier, reference))
         for _, cells in sorted(grouped.items(), key=lambda item: item[0]):
@@ -131,7 +135,7 @@ def comparisons(cuts: Sequence[Cell], ratio: float) -> list[Cell]:
     at = [cell for cell in cuts if cell["ratio"] == ratio]
     by_name = {name: [c for c in at if c["criterion"] == name] for name in CRITERIA}
     found = []
-    for classifier in ("fixed", "refitted"):
+    for classifier in (FIXED, REFITTED):
         for method in METHODS:
             default = outcomes(by_name[DEFAULT], method, classifier)
             for name in CRITERIA:
@@ -165,32 +169,93 @@ def recovered(table: Sequence[Cell]) -> list[Cell]:
     return found
 
 
-def main() -> None:
-    """All cells, then the tables."""
-    plants.require()
-    cells = Cells("pruning")
+def recovery_rows(cells: Sequence[Cell]) -> list[Cell]:
+    """Runs with recovery, each against the dense run of the same seeds and rounds."""
+    by_case: dict[tuple[str, float], list[Cell]] = {}
+    for cell in cells:
+        by_case.setdefault((cell["criterion"], cell["ratio"]), []).append(cell)
+    dense = {int(cell["seed"]): cell for cell in by_case[DENSE, 1.0]}
+    found = []
+    for same in by_case.values():
+        seeds = sorted(int(cell["seed"]) for cell in same)
+        (method,) = same[0]["correct"]
+        against = outcomes([dense[seed] for seed in seeds], method, REFITTED)
+        found.append(row(same, method, REFITTED, against))
+    return found
+
+
+def one_shot(cells: Cells, root: Path) -> tuple[list[Cell | None], list[Cell | None]]:
+    """The dense checkpoints, and every cut of them."""
     dense: list[Cell | None] = []
     cuts: list[Cell | None] = []
     with plants.workers() as pool:
         for seed in SEEDS:
-            runs = Runs(seed, pool, Path("bench-work/pruning"))
+            runs = Runs(seed, pool, root)
             dense.append(cells.run(f"dense, seed {seed}", partial(dense_cell, runs, seed)))
             for ratio in RATIOS:
                 for name in CRITERIA:
                     work = partial(cut_cell, runs, name, ratio, seed)
                     cuts.append(cells.run(f"{name} {ratio:g}, seed {seed}", work))
-    if None in (*dense, *cuts):
-        unfinished("bench-pruning")
-    done = [cell for cell in cuts if cell is not None]
-    table = rows([cell for cell in dense if cell is not None], done)
-    for line in table:
-        print(json.dumps({key: value for key, value in line.items() if key != "farms"}))
-    figures = {
-        "rows": table,
-        "comparisons": [line for ratio in sorted(RATIOS) for line in comparisons(done, ratio)],
-        "recovered": recovered(table),
+    return dense, cuts
+
+
+def recovery(cells: Cells, root: Path) -> list[Cell | None]:
+    """Runs that prune in events with recovery between them; first seeds first."""
+    found = []
+    for seed in (0, 1, 2):
+        for name, ratio, seeds in CASES:
+            if seed in seeds:
+                work = partial(recovery_cell, root, name, ratio, seed)
+                found.append(cells.run(f"recovery {name} {ratio:g}, seed {seed}", work))
+    return found
+
+
+def picture(table: Sequence[Cell], path: Path) -> None:
+    """Accuracy against MACs with the default compensation and classifiers fitted anew."""
+    best = [
+        r
+        for r in table
+        if (r["compensation"], r["classifier"]) == (METHODS[-1], REFITTED)
+        and not r["rounds_recovery"]
+    ]
+    curves: dict[str, Curve] = {
+        name: [(r["macs_ratio"], r["accuracy"]) for r in best if r["criterion"] == name]
+        for name in CRITERIA
     }
+    (level,) = [
+        r["accuracy"]
+        for r in table
+        if r["criterion"] == DENSE and r["classifier"] == REFITTED and not r["rounds_recovery"]
+    ]
+    draw(path, "Accuracy after one cut, no training, mean of ten farms", curves, level)
+
+
+def main() -> None:
+    """All cells, then the tables and the picture."""
+    plants.require()
+    cells, root = Cells("pruning"), Path("bench-work/pruning")
+    only = os.environ.get("ONLY")
+    dense, cuts = one_shot(cells, root) if only != "recovery" else ([], [])
+    recovered_runs = recovery(cells, root) if only != "oneshot" else []
+    if only is not None or None in (*dense, *cuts, *recovered_runs):
+        unfinished("bench-pruning")
+    figures = result(*([one for one in part if one] for part in (dense, cuts, recovered_runs)))
+    for line in (*figures["rows"], *figures["comparisons"], *figures["recovered"]):
+        print(json.dumps({key: value for key, value in line.items() if key != "farms"}))
+    picture(figures["rows"], Path("bench-output/pruning.svg"))
     print(f"figures: {cells.finish(figures, SEEDS, 'make bench-pruning')}")
+
+
+def result(dense: Sequence[Cell], cuts: Sequence[Cell], runs: Sequence[Cell]) -> Cell:
+    """All figures."""
+    table = rows(dense, cuts)
+    return {
+        "rows": [*table, *recovery_rows(runs)],
+        "comparisons": [line for ratio in sorted(RATIOS) for line in comparisons(cuts, ratio)],
+        "recovered": recovered(table),
+        "commits": sorted({str(cell["commit"]) for cell in (*dense, *cuts, *runs)}),
+        "prune_events": EVENTS,
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Pruned in several events with rounds of recovery between them, from a dense checkpoint.
+
+The runs are the product's own, with the guard told to let every cut pass: what is compared is what
+the cuts cost.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from common.config import Criterion, PlanConfig, TrainConfig
+from tests.benchmarks import plants
+from tests.benchmarks.cells import Cell
+from tests.benchmarks.oneshot import REFITTED, Checkpoint
+
+ROUNDS, EVENTS = 8, 3
+"""Events end rounds 1, 3 and 5; three rounds of recovery follow the last."""
+
+Case: TypeAlias = tuple[str, float, Sequence[int]]
+CASES: tuple[Case, ...] = (
+    ("dense", 1.0, (0, 1, 2)),
+    ("taylor", 0.5, (0, 1, 2)),
+    ("taylor", 0.64, (0, 1, 2)),
+    ("magnitude", 0.5, (0, 1)),
+    ("random", 0.5, (0, 1)),
+    ("taha", 0.5, (0, 1)),
+    ("l1gates", 0.5, (0, 1)),
+    ("taylor", 0.4, (0,)),
+    ("taylor", 0.3, (0,)),
+)
+
+
+def plan_of(name: str, ratio: float) -> PlanConfig:
+    """The schedule that leaves this share of the MACs; "dense" cuts nothing."""
+    plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=0, max_drop_ratio=1.0)
+    if name == "dense":
+        return plan
+    criterion: Criterion = name  # type: ignore[assignment]
+    changes = {"criterion": criterion, "prune_macs": round(1 - ratio, 6)}
+    return PlanConfig.model_validate(plan.model_dump() | changes)
+
+
+def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
+    """One run from the seed's checkpoint to its end, judged on the whole test parts."""
+    checkpoint = Checkpoint(root / f"seed{seed}", seed)
+    checkpoint.make()
+    plan = plan_of(name, ratio)
+    judged = plants.play(
+        TrainConfig(), ROUNDS, seed, plan=plan, weights=checkpoint.path, per_class=plants.PER_CLASS
+    )
+    return {
+        "criterion": name,
+        "ratio": ratio,
+        "seed": seed,
+        "rounds": ROUNDS,
+        "heads_kept": judged.heads_kept,
+        "neurons_kept": judged.neurons_kept,
+        # what a run reports is judged with classifiers fitted anew
+        "correct": {plan.compensation: {REFITTED: judged.packed()["model"]}},
+    }
