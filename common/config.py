@@ -61,12 +61,25 @@ class TrainConfig(Section):
         return LEARNING_RATES[self.trainable] if self.lr is None else self.lr
 
 
+class TargetsConfig(Section):
+    """A run that looks for the smallest backbone that is still good enough."""
+
+    macs_ratio: float = Field(gt=0, lt=1, description="of the dense backbone; not below it")
+    max_drop_ratio: float = Field(
+        ge=0, le=1, description="decide accuracy that all cuts together may cost"
+    )
+    recovery_rounds: int = Field(
+        default=2, ge=1, le=100, description="rounds from a cut to the verdict on it"
+    )
+
+
 class PlanConfig(Section):
     """What a run does: its rounds and its prune events."""
 
     rounds: int = Field(default=6, ge=1, le=10_000)
     prune_heads: float | None = Field(default=None, description="share of heads removed, (0, 1)")
     prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
+    targets: TargetsConfig | None = Field(default=None, description="instead of either")
     prune_events: int = Field(default=2, ge=1, le=100)
     warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
     criterion: Criterion = Field(
@@ -94,8 +107,8 @@ class PlanConfig(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if self.prune_heads is not None and self.prune_macs is not None:
-            raise ValueError("give prune_heads or prune_macs, not both")
+        if sum(one is not None for one in (self.prune_heads, self.prune_macs, self.targets)) > 1:
+            raise ValueError("give one of prune_heads, prune_macs and targets")
         for name in ("prune_heads", "prune_macs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -110,7 +123,21 @@ class PlanConfig(Section):
     @property
     def prunes(self) -> bool:
         """Whether the run removes anything."""
-        return self.prune_heads is not None or self.prune_macs is not None
+        return self.prune_heads is not None or self.macs_removed is not None
+
+    def uncut(self) -> Self:
+        """The same plan, removing nothing."""
+        return self.model_copy(update={"prune_heads": None, "prune_macs": None, "targets": None})
+
+    @property
+    def macs_removed(self) -> float | None:
+        """Share of MACs that goes if all goes well; None where only heads are counted."""
+        return self.prune_macs if self.targets is None else 1 - self.targets.macs_ratio
+
+    @property
+    def tolerance(self) -> float:
+        """Decide accuracy that may be lost before a cut is undone."""
+        return self.max_drop_ratio if self.targets is None else self.targets.max_drop_ratio
 
 
 class RoundConfig(Section):

@@ -142,7 +142,7 @@ def train(
     plan["prune_macs"] = prune_macs
     changes: dict[str, Any] = {key: value for key, value in plan.items() if value is not None}
     if changes.keys() & {"prune_heads", "prune_macs"}:
-        changes = {"prune_heads": None, "prune_macs": None} | changes
+        changes = {"prune_heads": None, "prune_macs": None, "targets": None} | changes
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
 
     # only now: what follows takes seconds to import

@@ -125,7 +125,7 @@ def run_demo(options: DemoOptions, console: Console) -> Story:
     with serve(config, stage.server_dir) as network, _farms_running(stage, farms, config):
         compare = options.compare or options.drawn
         if compare:
-            dense = config.plan.model_copy(update={"prune_heads": None, "prune_macs": None})
+            dense = config.plan.uncut()
             _run(
                 stage,
                 network,

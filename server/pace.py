@@ -9,9 +9,18 @@ farm that would need more than ``SLACK`` times that gets the steps that fit.
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from server.rows import ReplyRow
+from common.config import TrainConfig
+from server.rows import FarmRow, ReplyRow
 
 SLACK = 1.25
+
+
+def whole_round(
+    farms: Sequence[FarmRow], nodes: Sequence[int], train: TrainConfig
+) -> dict[int, int]:
+    """Steps of a whole round, for those farms that are among the nodes."""
+    images = {row.node: row.examples for row in farms}
+    return {node: train.epochs * -(-images[node] // train.batch_size) for node in nodes}
 
 
 def step_budgets(replies: Sequence[ReplyRow], full: Mapping[int, int]) -> dict[int, int]:

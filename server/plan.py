@@ -37,7 +37,7 @@ class Plan:
         self._rounds = config.rounds
         if not config.prunes:
             return
-        rounds = _event_rounds(config)
+        rounds = self._event_rounds()
         shares = _schedule(_target(config), config.prune_events)
         self._require_cuts(shares)
         self._shares = dict(zip(rounds, shares, strict=True))
@@ -73,6 +73,13 @@ class Plan:
             return None
         return max((event for event in self._shares if event < number), default=None)
 
+    def compared_with(self, event: int) -> int:
+        """The round whose replies tell how good the backbone was before this event's cut."""
+        return event
+
+    def accept(self, event: int, judged: int) -> None:
+        """The cut after round ``event`` was accepted in round ``judged``."""
+
     def reject(self, event: int, judged: int) -> None:
         """The cut after round ``event`` was undone in round ``judged``: plan half of the step."""
         share = self._shares.pop(event)
@@ -88,6 +95,24 @@ class Plan:
         """The run ends early, with this round; what was planned behind it does not take place."""
         self._rounds = number
         self._shares = {event: share for event, share in self._shares.items() if event <= number}
+
+    def _event_rounds(self) -> list[int]:
+        config = self._config
+        # a run without warm-up still needs one round to score in
+        first, events = max(config.warmup, 1), config.prune_events
+        step = self._spacing()
+        if step < 1 or first + events * step > config.rounds:
+            least = first + events * max(step, 1)
+            raise ConfigError(
+                f"plan.rounds={config.rounds} is too few for plan.prune_events={events} after "
+                f"plan.warmup={config.warmup}; set plan.rounds to at least {least}, or "
+                "lower the events or the warm-up"
+            )
+        return [first + event * step for event in range(events)]
+
+    def _spacing(self) -> int:
+        """Rounds from one event to the next: all that are left after the warm-up are shared out."""
+        return (self._config.rounds - max(self._config.warmup, 1)) // self._config.prune_events
 
     def _units(self, share: float) -> int:
         """Heads, or MACs, that a share of the dense backbone comes to."""
@@ -113,7 +138,8 @@ class Plan:
             tuple(min(count, least.min_heads) for count in heads),
             tuple(min(count, least.neurons_per_block) for count in neurons),
         )
-        name = "prune_macs" if self._config.prune_heads is None else "prune_heads"
+        name = "prune_macs" if self._config.targets is None else "targets"
+        name = name if self._config.prune_heads is None else "prune_heads"
         if self._config.prune_heads is None:
             total, bottom = macs(self._dense), macs(floor)
         else:
@@ -133,22 +159,9 @@ class Plan:
 
 def _target(config: PlanConfig) -> float:
     """The share that is kept in the end."""
-    removed = config.prune_macs if config.prune_heads is None else config.prune_heads
+    removed = config.macs_removed if config.prune_heads is None else config.prune_heads
     assert removed is not None
     return 1 - removed
-
-
-def _event_rounds(config: PlanConfig) -> list[int]:
-    # a run without warm-up still needs one round to score in
-    first, events = max(config.warmup, 1), config.prune_events
-    step = (config.rounds - first) // events
-    if step < 1:
-        raise ConfigError(
-            f"plan.rounds={config.rounds} is too few for plan.prune_events={events} after "
-            f"plan.warmup={config.warmup}; set plan.rounds to at least {first + events}, or "
-            "lower the events or the warm-up"
-        )
-    return [first + event * step for event in range(events)]
 
 
 def _schedule(target: float, events: int) -> list[float]:

@@ -27,12 +27,12 @@ from server.guard import accuracies, judge
 from server.intake import Intake
 from server.link import Clock, FarmLink
 from server.models import Models
-from server.pace import step_budgets
-from server.plan import Plan
+from server.pace import step_budgets, whole_round
 from server.pretrain import source_batches
 from server.privacy import over_budget
 from server.requests import Requests
 from server.rows import GUARD, RoundKind, VerdictRow
+from server.search import planned
 from server.spool import Spool
 from server.store import Store
 
@@ -122,13 +122,9 @@ class RoundLoop:
         self._owed: dict[str, Owed] = {}
         self._detail = ""
         row = store.run(run)
-        first = Mask.from_json(row.mask_json)
-        self._start = Base(row.base, first)
+        self._start = Base(row.base, Mask.from_json(row.mask_json))
         self._dense = backbone.read_spec(self._models.path(row.base))
-        self._plan = Plan(self._config.plan, self._dense)
-        for verdict in store.verdicts(run):
-            if not verdict.accepted:
-                self._plan.reject(verdict.event, verdict.judged)
+        self._plan = planned(self._config.plan, self._dense, store.verdicts(run))
         self._requests = Requests(run, self._config, self._models)
         self._intake = Intake(run, self._config, self._models, self._spool, store, self._requests)
         self._closer = RoundCloser(
@@ -282,6 +278,8 @@ class RoundLoop:
         verdict = self._judge(number, base)
         if verdict is not None and not verdict.accepted:
             return self._undo(number, verdict)
+        if verdict is not None:
+            self._plan.accept(verdict.event, number)
         budget = self._plan.event_after(number)
         new = self._closer.close(self.run, work, budget, verdict)
         log.info(
@@ -306,9 +304,7 @@ class RoundLoop:
     def _step_budgets(self, nodes: Sequence[int]) -> dict[int, int]:
         if not self._config.rounds.step_budget:
             return {}
-        train = self._config.train
-        images = {row.node: row.examples for row in self._store.farms(self.run)}
-        full = {node: train.epochs * -(-images[node] // train.batch_size) for node in nodes}
+        full = whole_round(self._store.farms(self.run), nodes, self._config.train)
         return step_budgets(self._store.last_replies(self.run), full)
 
     def _answered(self, number: int) -> set[int]:
@@ -327,16 +323,22 @@ class RoundLoop:
 
     def _judge(self, number: int, base: Base) -> VerdictRow | None:
         """The verdict of a round's replies on the last cut, when this round judges it."""
-        event = self._plan.judged_in(number)
+        event = self._unjudged(number)
         if event is None:
             return None
         if number > self._plan.rounds:
             after = {row.farm: row.accuracy for row in self._store.reports(self.run, GUARD)}
         else:
             after = accuracies(self._store.replies(self.run, number))
-        before = accuracies(self._store.replies(self.run, event))
-        limit = self._config.plan.max_drop_ratio
+        before = accuracies(self._store.replies(self.run, self._plan.compared_with(event)))
+        limit = self._config.plan.tolerance
         return judge(event, number, base.mask.digest, before, after, limit)
+
+    def _unjudged(self, number: int) -> int | None:
+        """The event that this round judges, unless an earlier one has done so."""
+        judged = {row.event for row in self._store.verdicts(self.run)}
+        event = self._plan.judged_in(number)
+        return None if event in judged else event
 
     def _undo(self, number: int, verdict: VerdictRow) -> Base:
         """Back to the backbone of before the cut, as the end of this round."""
@@ -349,8 +351,7 @@ class RoundLoop:
     def _judge_last(self, base: Base) -> Base:
         """Evaluate the last candidate where the farms decide, and undo its cut if it must be."""
         number = self._plan.rounds + 1
-        event = self._plan.judged_in(number)
-        if event is None or any(row.event == event for row in self._store.verdicts(self.run)):
+        if self._unjudged(number) is None:
             return base
         self._report(GUARD, self._plan.rounds, base, part="decide")
         verdict = self._judge(number, base)

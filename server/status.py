@@ -33,6 +33,7 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
     if last is not None:
         mask_json = store.mask(last[1].mask)
     mask = Mask.from_json(mask_json)
+    sizes = {row.round: row.macs_ratio for row in store.rounds(run.run) if row.kind == "align"}
     rejected = {str(reason): count for reason, count in store.rejection_counts(run.run).items()}
     return {
         "run": run.run,
@@ -47,6 +48,7 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
                 "round": row.event,
                 "judged": row.judged,
                 "accepted": row.accepted,
+                "macs_ratio": sizes.get(row.event),
                 "drop_ratio": row.drop_ratio,
                 "farms": row.farms,
             }
@@ -168,7 +170,8 @@ def show(values: dict[str, Any]) -> Group:
     for row in values["verdicts"]:
         parts.append(
             Text(
-                f"cut after round {row['round']}: {'accepted' if row['accepted'] else 'undone'}, "
+                f"cut after round {row['round']} to {percent(row['macs_ratio'])} of MACs: "
+                f"{'accepted' if row['accepted'] else 'undone'}, "
                 f"{100 * row['drop_ratio']:+.1f} points lost over {row['farms']} farms"
             )
         )
