@@ -26,6 +26,7 @@ system: $(STAMP)
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-newcomer bench-pruning: $(STAMP)
+	$(if $(filter bench-pruning,$@),$(BIN)/pip install -q -c constraints.txt -e ".[bench]")
 	$(BIN)/python -m tests.benchmarks.$(@:bench-%=%)
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.

@@ -17,7 +17,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from client.criteria import Scoring, score
 from client.scores import FarmScores
@@ -40,6 +41,7 @@ Judgement: TypeAlias = dict[str, dict[str, Flags]]
 
 WARM_UP = 3
 FIXED, REFITTED = "fixed", "refitted"
+TORCH_PRUNING = "torch-pruning"
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,17 @@ def score_farm(checkpoint: Checkpoint, name: str, criterion: Criterion) -> tuple
     return len(part), score(criterion, scoring)
 
 
+def gradient_farm(checkpoint: Checkpoint, name: str) -> tuple[int, dict[str, Tensor]]:
+    """Images of a farm's fit part, and the gradient of their mean cross-entropy by parameter."""
+    model, spec = backbone.load_backbone(checkpoint.path)
+    part, classifier = _images(checkpoint, name).fit, _classifier(checkpoint, name)
+    for images, labels in part.batches(spec, 32):
+        loss = functional.cross_entropy(classifier(model(images)), labels, reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+    found = {key: weight.grad for key, weight in model.named_parameters()}
+    return len(part), {key: g / len(part) for key, g in found.items() if g is not None}
+
+
 def judge_farm(checkpoint: Checkpoint, name: str, path: Path) -> dict[str, Flags]:
     """Which test images a backbone and the two classifiers get right."""
     model, spec = backbone.load_backbone(path)
@@ -177,6 +190,7 @@ class Bench:
         self._checkpoint, self._farms, self._pool = checkpoint, list(farms), pool
         self._model, self.dense = backbone.load_backbone(checkpoint.path)
         self._scores: dict[Criterion, UnitScores] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._moments: Moments | None = None
 
     def agreed(self, criterion: Criterion) -> UnitScores:
@@ -210,10 +224,30 @@ class Bench:
         ]
         return consensus(farms, kappa=plan.kappa, rule=plan.consensus)
 
-    def cut(self, criterion: Criterion, budget: Budget, methods: Sequence[Method]) -> Cut:
+    def torch_pruning(self, budget: Budget) -> Mask:
+        """What Torch-Pruning keeps, fed with the mean of the farms' gradients."""
+        from tests.benchmarks.torchpruning import choose
+
+        if not self._gradients:
+            work = [
+                self._pool.submit(gradient_farm, self._checkpoint, name) for name in self._farms
+            ]
+            sent = [one.result()[1] for one in work]
+            self._gradients = {
+                name: torch.stack([one[name] for one in sent]).mean(0) for name in sent[0]
+            }
+        return choose(self._model, self._gradients, self.dense, budget)
+
+    def mask(self, criterion: str, budget: Budget) -> Mask:
+        """By one of our criteria, or by Torch-Pruning."""
+        if criterion == TORCH_PRUNING:
+            return self.torch_pruning(budget)
+        scores = self.agreed(criterion)  # type: ignore[arg-type]
+        return choose_mask(scores, Mask.dense(self.dense), self.dense, budget)
+
+    def cut(self, criterion: str, budget: Budget, methods: Sequence[Method]) -> Cut:
         """Choose the mask of a budget, and judge it with each compensation."""
-        dense = Mask.dense(self.dense)
-        mask = choose_mask(self.agreed(criterion), dense, self.dense, budget)
+        mask = self.mask(criterion, budget)
         return Cut(mask, {method: self._judge_cut(mask, method) for method in methods})
 
     def judge_dense(self) -> Judgement:

@@ -23,13 +23,21 @@ from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.benchmarks.frontier import Curve, draw
-from tests.benchmarks.oneshot import FIXED, REFITTED, Bench, Checkpoint, Flags, summary
+from tests.benchmarks.oneshot import (
+    FIXED,
+    REFITTED,
+    TORCH_PRUNING,
+    Bench,
+    Checkpoint,
+    Flags,
+    summary,
+)
 from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
 
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
 """In the order of their cells: what matters most first."""
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+CRITERIA: tuple[str, ...] = (*get_args(Criterion), TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = "taylor"
 DENSE = "dense"
@@ -59,7 +67,7 @@ def dense_cell(runs: Runs, seed: int) -> Cell:
     return {"criterion": DENSE, "seed": seed, "correct": {"none": plants.packed_by(judged)}}
 
 
-def cut_cell(runs: Runs, criterion: Criterion, ratio: float, seed: int) -> Cell:
+def cut_cell(runs: Runs, criterion: str, ratio: float, seed: int) -> Cell:
     """One mask with every compensation and both classifiers."""
     cut = runs.bench.cut(criterion, Budget(macs_kept=ratio), METHODS)
     for method, judged in cut.judged.items():
