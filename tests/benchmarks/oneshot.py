@@ -23,7 +23,7 @@ from torch.nn import functional
 from client.criteria import Scoring, score
 from client.scores import FarmScores
 from common import backbone, fit
-from common.anchors import Anchors
+from common.anchors import Anchors, compute_anchors
 from common.budget import Budget, choose_mask
 from common.config import Criterion, PlanConfig, TrainConfig
 from common.images import FarmFolder, Part, Purpose, open_folder
@@ -32,7 +32,7 @@ from common.pixels import Pixels, load_image
 from common.scores import UnitScores
 from common.surgery import Method, Moments, collect_moments, prune_compensated
 from server.consensus import consensus, farm_scores, median_tau
-from server.pretrain import source_batches
+from server.pretrain import ANCHORS_FILE, SourceBatches, source_batches
 from tests.benchmarks import plants
 
 Flags: TypeAlias = npt.NDArray[np.bool_]
@@ -255,12 +255,29 @@ class Bench:
         return self._judge(self._checkpoint.path)
 
     def _judge_cut(self, mask: Mask, method: Method) -> Judgement:
+        return self._judge(self.save_cut(mask, method, self._checkpoint.folder))
+
+    def save_cut(self, mask: Mask, method: Method, folder: Path) -> Path:
+        """Cut the checkpoint, compensated, into a folder."""
         keep = mask.keep_in(Mask.dense(self.dense))
         moments = None if method == "none" else self._second_moments()
         model, spec = prune_compensated(self._model, self.dense, keep, moments, method)
-        path = self._checkpoint.folder / "cut.safetensors"
+        path = folder / "cut.safetensors"
         backbone.save_backbone(path, model, spec)
-        return self._judge(path)
+        return path
+
+    def save_anchors(self, path: Path) -> None:
+        """Compute the anchors of a backbone on the source species, and keep them beside it."""
+        model, _ = backbone.load_backbone(path)
+        anchors = compute_anchors(model, self._source(), self._checkpoint.seed)
+        path.with_name(ANCHORS_FILE).write_bytes(anchors.to_bytes())
+
+    def _source(self) -> SourceBatches:
+        """Images of the source species, as the server takes them at a prune event."""
+        train, farms = TrainConfig(), len(self._farms)
+        config = plants.settings_of(self._checkpoint.seed, PlanConfig(), train, farms)
+        count = config.backbone.anchor_images
+        return source_batches(plants.source(), self.dense, count, config.seed)
 
     def _judge(self, path: Path) -> Judgement:
         work = {
@@ -271,14 +288,9 @@ class Bench:
         return {label: {name: found[name][label] for name in found} for label in (FIXED, REFITTED)}
 
     def _second_moments(self) -> Moments:
-        """Of the source species, as the server takes them at a prune event."""
         if self._moments is None:
-            plan, train = PlanConfig(), TrainConfig()
-            config = plants.settings_of(self._checkpoint.seed, plan, train, len(self._farms))
-            count = config.backbone.anchor_images
-            batches = source_batches(plants.source(), self.dense, count, config.seed)
             with torch.inference_mode():
-                self._moments = collect_moments(self._model, batches)
+                self._moments = collect_moments(self._model, self._source())
         return self._moments
 
 

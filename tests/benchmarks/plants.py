@@ -32,7 +32,7 @@ from common.config import (
 )
 from common.mask import Mask
 from server.models import Models
-from server.pretrain import pretrain
+from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain
 from server.rounds import RunSettings, WallClock, run_rounds
 from server.store import opened_run
 from tests.lab.link import LabLink
@@ -86,11 +86,13 @@ def farm_config(root: Path, name: str, seed: int, per_class: int) -> tuple[FarmC
 
 @dataclass(frozen=True)
 class Judged:
-    """Per farm: which test images the reported models classified correctly, by label."""
+    """Per farm: which test images the reported models classified correctly, by label.
+
+    ``mask`` is the last one of the run.
+    """
 
     reports: Mapping[str, Correct]
-    heads_kept: float = 1.0
-    neurons_kept: float = 1.0
+    mask: Mask
 
     def packed(self) -> dict[str, dict[str, str]]:
         """As JSON: bits of every farm in hexadecimal, behind their number."""
@@ -125,19 +127,26 @@ def play(
     local_rounds: int = 0,
     plan: PlanConfig | None = None,
     weights: Path | None = None,
+    base: Path | None = None,
     keep: Path | None = None,
 ) -> Judged:
     """One run to its end; reports "model" and, where asked for, "probe" and "local".
 
-    ``weights`` are those to begin with, by default the shared ones; ``keep`` is a folder for the
-    last backbone (model.safetensors) and its mask's anchors.
+    ``weights`` are those to begin with, by default the shared ones; ``base`` is a backbone, pruned
+    perhaps, that farms begin with instead, its anchors beside it; ``keep`` is a folder for the last
+    backbone (model.safetensors) and its mask's anchors.
     """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
     config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS)
     with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)
-        pretrain(config, root / "server")
+        if base is None:
+            pretrain(config, root / "server")
+        else:
+            (root / "server").mkdir()
+            shutil.copy(base, root / "server" / BASE_FILE)
+            shutil.copy(base.with_name(ANCHORS_FILE), root / "server" / ANCHORS_FILE)
         made = [farm_config(root, name, seed, per_class) for name in names]
         settings = RunSettings(config=config, probe=probe, local_rounds=local_rounds)
         (root / "run.json").write_text(settings.model_dump_json())
@@ -149,8 +158,7 @@ def play(
                 label: {n: _correct(s, label) for n, (_, s) in zip(names, made, strict=True)}
                 for label in labels
             },
-            heads_kept=mask.heads_kept_ratio,
-            neurons_kept=mask.neurons_kept_ratio,
+            mask,
         )
 
 

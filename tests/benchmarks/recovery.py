@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from common.budget import Budget
 from common.config import Criterion, PlanConfig, TrainConfig
+from common.mask import Mask
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
-from tests.benchmarks.oneshot import REFITTED, Checkpoint
+from tests.benchmarks.oneshot import REFITTED, TORCH_PRUNING, Bench, Checkpoint
 
 ROUNDS, EVENTS = 8, 3
 """Events end rounds 1, 3 and 5; three rounds of recovery follow the last."""
@@ -23,6 +25,7 @@ CASES: tuple[Case, ...] = (
     ("taylor", 0.64, (0, 1, 2)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
+    (TORCH_PRUNING, 0.5, (0, 1)),
     ("taha", 0.5, (0, 1)),
     ("l1gates", 0.5, (0, 1)),
     ("taylor", 0.4, (0,)),
@@ -44,17 +47,32 @@ def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
     """One run from the seed's checkpoint to its end, judged on the whole test parts."""
     checkpoint = Checkpoint(root / f"seed{seed}", seed)
     checkpoint.make()
-    plan = plan_of(name, ratio)
-    judged = plants.play(
-        TrainConfig(), ROUNDS, seed, plan=plan, weights=checkpoint.path, per_class=plants.PER_CLASS
-    )
+    if name == TORCH_PRUNING:
+        judged, mask = _cut_at_once(checkpoint, ratio)
+    else:
+        plan = plan_of(name, ratio)
+        judged = plants.play(TrainConfig(), ROUNDS, seed, plan=plan, weights=checkpoint.path)
+        mask = judged.mask
     return {
         "criterion": name,
         "ratio": ratio,
         "seed": seed,
         "rounds": ROUNDS,
-        "heads_kept": judged.heads_kept,
-        "neurons_kept": judged.neurons_kept,
+        "heads_kept": mask.heads_kept_ratio,
+        "neurons_kept": mask.neurons_kept_ratio,
         # what a run reports is judged with classifiers fitted anew
-        "correct": {plan.compensation: {REFITTED: judged.packed()["model"]}},
+        "correct": {PlanConfig().compensation: {REFITTED: judged.packed()["model"]}},
     }
+
+
+def _cut_at_once(checkpoint: Checkpoint, ratio: float) -> tuple[plants.Judged, Mask]:
+    """Torch-Pruning's mask and our compensation before the first round; all rounds are recovery."""
+    with plants.workers() as pool:
+        bench = Bench(checkpoint, plants.farm_names(), pool)
+        mask = bench.torch_pruning(Budget(macs_kept=ratio))
+        folder = checkpoint.folder / "recovery"
+        folder.mkdir(exist_ok=True)
+        base = bench.save_cut(mask, PlanConfig().compensation, folder)
+        bench.save_anchors(base)
+    plan = plan_of("dense", 1.0)
+    return plants.play(TrainConfig(), ROUNDS, checkpoint.seed, plan=plan, base=base), mask
