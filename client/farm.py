@@ -231,7 +231,7 @@ class Farm:
             part=self._folder.fit,
             batch_size=request.train.batch_size,
             anchors=anchors,
-            seed=_seed(request.seed, request.round),
+            seed=_seed_of(request.seed, request.round),
             autocast=self._autocast,
         )
         return score(request.criterion, scoring)
@@ -377,9 +377,9 @@ class Farm:
 
     def _seed(self, request: Work, number: int) -> int:
         """Farm randomness depends on seed, round and farm alone, so a run can be repeated."""
-        return _seed(request.seed, number, self.name)
+        return _seed_of(request.seed, number, self.name)
 
 
-def _seed(*parts: int | str) -> int:
+def _seed_of(*parts: int | str) -> int:
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

@@ -7,7 +7,7 @@ still; the gates follow
 
 so a unit keeps its gate as far as the farm's images hold it up. What is left of |g| is the score.
 The published code stops at multiplying by 0 or 1; here the scores of many farms are averaged, and
-the mask that follows removes units physically (common/mask.py, common/surgery.py), with an exact
+the mask that follows removes units physically (common/budget.py, common/surgery.py), with an exact
 count, at least one head per block, and every tie broken the same way everywhere.
 """
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,9 +139,13 @@ def train(
 ) -> None:
     """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run."""
     logs.start_logging(log)
-    plan: dict[str, Any] = {"rounds": rounds, "prune_heads": prune_heads, "criterion": criterion}
-    plan["prune_macs"] = prune_macs
-    changes: dict[str, Any] = {key: value for key, value in plan.items() if value is not None}
+    plan: dict[str, Any] = {
+        "rounds": rounds,
+        "prune_heads": prune_heads,
+        "prune_macs": prune_macs,
+        "criterion": criterion,
+    }
+    changes = {key: value for key, value in plan.items() if value is not None}
     if changes.keys() & {"prune_heads", "prune_macs"}:
         changes = {"prune_heads": None, "prune_macs": None, "targets": None} | changes
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
@@ -222,8 +227,7 @@ def show_mask(folder: Folder, run_number: RunNumber = None) -> None:
     from server.store import opened_run
 
     with opened_run(folder, run_number) as (store, row):
-        last = store.last_committed(row.run)
-        mask = Mask.from_json(row.mask_json if last is None else store.mask(last[1].mask))
+        mask = Mask.from_json(store.last_mask(row))
         events = [one for one in store.rounds(row.run) if one.kind == "align"]
     print(mask.describe())
     ratio = next((one.macs_ratio for one in reversed(events) if one.macs_ratio is not None), 1.0)
@@ -250,7 +254,7 @@ def explain_head(
     with opened_run(folder, run_number) as (store, row):
         case = explain(store, row, read_spec(Models(folder).path(row.base)), block, head)
     if as_json:
-        print(json.dumps(case.values(), indent=2, sort_keys=True))
+        print(json.dumps(asdict(case), indent=2, sort_keys=True))
     else:
         Console().print(show(case))
 

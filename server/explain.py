@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -59,10 +58,6 @@ class Case:
     fate: str
     hearings: tuple[Hearing, ...]
 
-    def values(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
-
 
 def explain(store: Store, run: RunRow, dense: ModelSpec, block: int, head: int) -> Case:
     """The case of one head, both counted from 0 in the dense backbone.
@@ -90,7 +85,7 @@ def explain(store: Store, run: RunRow, dense: ModelSpec, block: int, head: int) 
         head=head,
         criterion=json.loads(run.config_json)["config"]["plan"]["criterion"],
         macs_ratio=head_cost / total,
-        kept=all(head in mask.heads[block] for mask in list(after.values())[-1:]),
+        kept=head in Mask.from_json(store.last_mask(run)).heads[block],
         fate=_fate(after, hearings, block, head),
         hearings=tuple(hearings),
     )
@@ -152,8 +147,8 @@ def _fate(after: Mapping[int, Mask], hearings: Sequence[Hearing], block: int, he
     place = next(one.rank for one in last.opinions if one.farm is None)
     if place > last.left:
         return (
-            f"kept after round {last.round} although {place}th of {last.heads} with {last.left} "
-            f"left: block {block} had no better one, and every block keeps one{back}"
+            f"kept after round {last.round} although only {place} of {last.heads}, and {last.left} "
+            f"stayed: block {block} had no better one, and every block keeps one{back}"
         )
     return f"kept after round {last.round}: {place} of {last.heads}, and {last.left} stayed{back}"
 

@@ -138,23 +138,33 @@ class Plan:
             tuple(min(count, least.min_heads) for count in heads),
             tuple(min(count, least.neurons_per_block) for count in neurons),
         )
-        name = "prune_macs" if self._config.targets is None else "targets"
-        name = name if self._config.prune_heads is None else "prune_heads"
         if self._config.prune_heads is None:
             total, bottom = macs(self._dense), macs(floor)
         else:
             total, bottom = sum(heads), sum(floor.heads)
         if cuts[-1] < bottom:
-            most = 1 - bottom / total
+            most = int((1 - bottom / total) * 1000) / 1000
+            remedy = f"lower it to at most {most:g}"
+            if self._config.targets is not None:
+                remedy = f"raise it to at least {1 - most:g}"
             raise ConfigError(
-                f"plan.{name}={1 - shares[-1]:g} would leave less than one head and a few neurons "
-                f"per block; lower it to at most {int(most * 1000) / 1000:g}"
+                f"{self._setting()} would leave less than one head and a few neurons "
+                f"per block; {remedy}"
             )
         if any(after >= before for before, after in zip([total, *cuts], cuts, strict=False)):
             raise ConfigError(
-                f"plan.prune_events={len(shares)} is too many for plan.{name}="
-                f"{1 - shares[-1]:g}: an event would remove nothing; lower the number of events"
+                f"plan.prune_events={len(shares)} is too many for {self._setting()}: an event "
+                "would remove nothing; lower the number of events"
             )
+
+    def _setting(self) -> str:
+        """What the operator has set, in the words of the settings file."""
+        config = self._config
+        if config.targets is not None:
+            return f"plan.targets.macs_ratio={config.targets.macs_ratio:g}"
+        if config.prune_heads is not None:
+            return f"plan.prune_heads={config.prune_heads:g}"
+        return f"plan.prune_macs={config.prune_macs:g}"
 
 
 def _target(config: PlanConfig) -> float:

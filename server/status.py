@@ -28,11 +28,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 
 
 def _run(store: Store, run: RunRow) -> dict[str, Any]:
-    mask_json = run.mask_json
-    last = store.last_committed(run.run)
-    if last is not None:
-        mask_json = store.mask(last[1].mask)
-    mask = Mask.from_json(mask_json)
+    mask = Mask.from_json(store.last_mask(run))
     sizes = {row.round: row.macs_ratio for row in store.rounds(run.run) if row.kind == "align"}
     rejected = {str(reason): count for reason, count in store.rejection_counts(run.run).items()}
     return {
@@ -190,7 +186,7 @@ def _both_ways(up: int | None, down: int | None) -> str:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table, its columns as wide as they need."""
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        made.add_column(column, overflow="fold")
+    return made

@@ -280,6 +280,11 @@ class Store(Records):
             raise StateError(f"'{self._path}' knows no mask {digest[:12]}")
         return str(found[0]["json"])
 
+    def last_mask(self, run: RunRow) -> str:
+        """The mask as JSON that a run has come to; before its first commit, that it began with."""
+        last = self.last_committed(run.run)
+        return run.mask_json if last is None else self.mask(last[1].mask)
+
     def masks(self, run: int) -> dict[str, str]:
         """The masks of a run as JSON by digest, oldest first."""
         digests = [self.run(run).mask] + [row.mask for row in self.candidates(run).values()]

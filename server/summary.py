@@ -55,7 +55,7 @@ def summarise(
     dense = backbone.read_spec(models.path(last.base))
     candidates = store.candidates(last.run)
     final = candidates[max(candidates)] if candidates else None
-    mask = Mask.from_json(store.mask(final.mask) if final else last.mask_json)
+    mask = Mask.from_json(store.last_mask(last))
     lines = _lines(reports, _final_label(reports, last), species or {})
     spec = ModelSpec.from_json(final.spec_json) if final else dense
     dense_model = backbone.build(dense)

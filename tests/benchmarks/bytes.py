@@ -14,8 +14,6 @@ from functools import partial
 from statistics import fmean
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from common import backbone
@@ -23,9 +21,9 @@ from common.config import TrainConfig
 from server.compare import Interval, paired_bootstrap, verdict
 from tests.benchmarks import plants, wire
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.plants import Flags
 from tests.system.slowlink import RURAL
 
-Flags: TypeAlias = npt.NDArray[np.bool_]
 Outcomes: TypeAlias = dict[str, dict[str, list[Flags]]]
 
 ROUNDS, SEEDS = 6, (0, 1)
@@ -95,9 +93,7 @@ def ordinary(rounds: Sequence[dict[str, float]]) -> tuple[float, float]:
 
 
 def _row(name: str, farms: dict[str, list[Flags]], up: float, down: float) -> Cell:
-    per_farm = {farm: [float(one.mean()) for one in seeds] for farm, seeds in farms.items()}
-    seeds = len(next(iter(per_farm.values())))
-    means = [fmean(values[index] for values in per_farm.values()) for index in range(seeds)]
+    means = plants.by_seed(farms)
     return {
         "setting": name,
         "up_bytes_per_round": round(up),
@@ -105,8 +101,8 @@ def _row(name: str, farms: dict[str, list[Flags]], up: float, down: float) -> Ce
         "total_bytes": round(ROUNDS * (up + down)),
         "mean_accuracy": fmean(means),
         "per_seed": means,
-        "farms": per_farm,
-        "seeds": list(SEEDS[:seeds]),
+        "farms": plants.by_farm(farms),
+        "seeds": list(SEEDS[: len(means)]),
     }
 
 

@@ -34,9 +34,10 @@ from common.spec import ModelSpec
 from common.surgery import Moments, collect_moments, prune_compensated
 from common.trainable import trainable_set
 from server.aggregate import aggregate
-from server.consensus import Rule, consensus, farm_scores
+from server.consensus import Rule
 from server.pretrain import source_batches
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.oneshot import agree
 from tests.benchmarks.plants import NAME, SHARED, SIDE, WEIGHTS, require, source
 
 PER_CLASS = 20
@@ -171,20 +172,8 @@ def mask_of(network: Network, farms: Sequence[tuple[int, FarmScores]], rule: Rul
     """What the server makes of these scores; the maximum over farms only where nobody is meant
     to be resisted."""
     spec = network.spec
-    scored = [
-        (
-            images,
-            farm_scores(
-                *(part.head_importance, part.head_mmd2, part.neuron_importance),
-                tau=1.0,
-                exponent=0.0,
-                spec=spec,
-            ),
-        )
-        for images, part in farms
-    ]
     kappa = PlanConfig().kappa if rule == "mean" else 0.0
-    agreed = consensus(scored, kappa=kappa, rule=rule)
+    agreed = agree(farms, spec, kappa=kappa, rule=rule)
     return choose_mask(agreed, Mask.dense(spec), spec, Budget(heads_kept=KEPT))
 
 

@@ -1,7 +1,7 @@
 """One cut without training: the farms' scores, the server's mask and compensation, and its price.
 
 The steps are the product's own: ``client.criteria`` on each farm, ``server.consensus``,
-``common.mask`` and ``common.surgery`` on the server. A cut is judged on every farm's whole test
+``common.budget`` and ``common.surgery`` on the server. A cut is judged on every farm's whole test
 part, with the classifier that was fitted to the dense checkpoint and with one fitted anew.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,17 +24,18 @@ from client.scores import FarmScores
 from common import backbone, fit
 from common.anchors import Anchors, compute_anchors
 from common.budget import Budget, choose_mask
-from common.config import Criterion, PlanConfig, TrainConfig
+from common.config import BackboneConfig, Criterion, PlanConfig, TrainConfig
 from common.images import FarmFolder, Part, Purpose, open_folder
 from common.mask import Mask
 from common.pixels import Pixels, load_image
 from common.scores import UnitScores
+from common.spec import ModelSpec
 from common.surgery import Method, Moments, collect_moments, prune_compensated
-from server.consensus import consensus, farm_scores, median_tau
+from server.consensus import Rule, consensus, farm_scores, median_tau
 from server.pretrain import ANCHORS_FILE, SourceBatches, source_batches
 from tests.benchmarks import plants
+from tests.benchmarks.plants import Flags
 
-Flags: TypeAlias = npt.NDArray[np.bool_]
 Judgement: TypeAlias = dict[str, dict[str, Flags]]
 """By classifier (fixed, refitted), then farm: which test images were classified correctly."""
 
@@ -59,7 +59,7 @@ class Checkpoint:
     @property
     def anchors(self) -> Path:
         """Of its heads, on the source species."""
-        return self.folder / "anchors.safetensors"
+        return self.folder / ANCHORS_FILE
 
     def make(self) -> None:
         """Warm up, unless that has been done."""
@@ -69,7 +69,7 @@ class Checkpoint:
         fresh = self.folder / "fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         plants.play(TrainConfig(), WARM_UP, self.seed, keep=fresh)
-        (fresh / "anchors.safetensors").replace(self.anchors)
+        (fresh / ANCHORS_FILE).replace(self.anchors)
         (fresh / "model.safetensors").replace(self.path)
 
 
@@ -167,6 +167,33 @@ def judge_farm(checkpoint: Checkpoint, name: str, path: Path) -> dict[str, Flags
 # --- on the server ---------------------------------------------------------------------------
 
 
+def agree(
+    sent: Sequence[tuple[int, FarmScores]],
+    spec: ModelSpec,
+    *,
+    kappa: float,
+    rule: Rule,
+    tau: float = 1.0,
+    exponent: float = 0.0,
+) -> UnitScores:
+    """The consensus of what farms sent, each with its number of images."""
+    farms = [
+        (
+            images,
+            farm_scores(
+                scores.head_importance,
+                scores.head_mmd2,
+                scores.neuron_importance,
+                tau=tau,
+                exponent=exponent,
+                spec=spec,
+            ),
+        )
+        for images, scores in sent
+    ]
+    return consensus(farms, kappa=kappa, rule=rule)
+
+
 @dataclass(frozen=True, eq=False)
 class Cut:
     """A mask and what it kept."""
@@ -200,29 +227,17 @@ class Bench:
                 self._pool.submit(score_farm, self._checkpoint, name, criterion)
                 for name in self._farms
             ]
-            self._scores[criterion] = self._consensus(criterion, [one.result() for one in work])
-        return self._scores[criterion]
-
-    def _consensus(
-        self, criterion: Criterion, sent: Sequence[tuple[int, FarmScores]]
-    ) -> UnitScores:
-        plan = PlanConfig(criterion=criterion)
-        tau = median_tau([scores.head_mmd2 for _, scores in sent])
-        farms = [
-            (
-                examples,
-                farm_scores(
-                    scores.head_importance,
-                    scores.head_mmd2,
-                    scores.neuron_importance,
-                    tau=tau,
-                    exponent=plan.invariance_exponent,
-                    spec=self.dense,
-                ),
+            plan = PlanConfig(criterion=criterion)
+            sent = [one.result() for one in work]
+            self._scores[criterion] = agree(
+                sent,
+                self.dense,
+                kappa=plan.kappa,
+                rule=plan.consensus,
+                tau=median_tau([scores.head_mmd2 for _, scores in sent]),
+                exponent=plan.invariance_exponent,
             )
-            for examples, scores in sent
-        ]
-        return consensus(farms, kappa=plan.kappa, rule=plan.consensus)
+        return self._scores[criterion]
 
     def torch_pruning(self, budget: Budget) -> Mask:
         """What Torch-Pruning keeps, fed with the mean of the farms' gradients."""
@@ -274,10 +289,8 @@ class Bench:
 
     def _source(self) -> SourceBatches:
         """Images of the source species, as the server takes them at a prune event."""
-        train, farms = TrainConfig(), len(self._farms)
-        config = plants.settings_of(self._checkpoint.seed, PlanConfig(), train, farms)
-        count = config.backbone.anchor_images
-        return source_batches(plants.source(), self.dense, count, config.seed)
+        count = BackboneConfig().anchor_images
+        return source_batches(plants.source(), self.dense, count, self._checkpoint.seed)
 
     def _judge(self, path: Path) -> Judgement:
         work = {

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import TypeAlias
 
 import numpy as np
@@ -41,8 +42,12 @@ SHARED = Path(os.environ.get("SHARED", "../shared"))
 WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
 NAME, SIDE, PER_CLASS, PROCESSES = "vit_small_patch14_dinov2", 112, 40, 2
 
-Pool: TypeAlias = ProcessPoolExecutor
-Correct = Mapping[str, npt.NDArray[np.bool_]]
+Flags: TypeAlias = npt.NDArray[np.bool_]
+"""Which images were classified correctly, (N,)."""
+Correct: TypeAlias = Mapping[str, Flags]
+"""By farm."""
+Seeds: TypeAlias = Mapping[str, Sequence[Flags]]
+"""By farm, a vector per seed."""
 
 
 def farm_names() -> list[str]:
@@ -105,6 +110,16 @@ def packed_by(reports: Mapping[str, Correct]) -> dict[str, dict[str, str]]:
         label: {farm: f"{len(c)}:{np.packbits(c).tobytes().hex()}" for farm, c in one.items()}
         for label, one in reports.items()
     }
+
+
+def by_farm(found: Seeds) -> dict[str, list[float]]:
+    """Accuracy of every farm in each seed."""
+    return {farm: [float(one.mean()) for one in seeds] for farm, seeds in found.items()}
+
+
+def by_seed(found: Seeds) -> list[float]:
+    """Accuracy of each seed, mean over farms."""
+    return [fmean(seed) for seed in zip(*by_farm(found).values(), strict=True)]
 
 
 def unpacked(cell: Mapping[str, str]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -174,7 +189,7 @@ def _keep(server: Path, folder: Path | None) -> Mask:
     anchors = Models(server).anchors(candidate.mask)
     assert anchors is not None
     folder.mkdir(parents=True)
-    (folder / "anchors.safetensors").write_bytes(anchors.tobytes())
+    (folder / ANCHORS_FILE).write_bytes(anchors.tobytes())
     shutil.copy(candidate.path, folder / "model.safetensors")
     return mask
 

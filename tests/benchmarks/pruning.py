@@ -10,7 +10,8 @@ until it ends. ``ONLY=oneshot`` or ``ONLY=recovery`` does one of the two.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -29,9 +30,9 @@ from tests.benchmarks.oneshot import (
     TORCH_PRUNING,
     Bench,
     Checkpoint,
-    Flags,
     summary,
 )
+from tests.benchmarks.plants import Flags, Seeds
 from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
 
 SEEDS = (0, 1)
@@ -46,7 +47,7 @@ DENSE = "dense"
 class Runs:
     """The checkpoint and the farms of one seed, made when the first cell needs them."""
 
-    def __init__(self, seed: int, pool: plants.Pool, root: Path) -> None:
+    def __init__(self, seed: int, pool: ProcessPoolExecutor, root: Path) -> None:
         self._checkpoint = Checkpoint(root / f"seed{seed}", seed)
         self._pool = pool
         self._bench: Bench | None = None
@@ -84,8 +85,6 @@ def cut_cell(runs: Runs, criterion: str, ratio: float, seed: int) -> Cell:
 
 # --- the table -------------------------------------------------------------------------------
 
-Outcomes = Mapping[str, Sequence[Flags]]
-
 
 def outcomes(cells: Sequence[Cell], method: str, classifier: str) -> dict[str, list[Flags]]:
     """By farm: which images were right, a vector per seed."""
@@ -96,16 +95,10 @@ def outcomes(cells: Sequence[Cell], method: str, classifier: str) -> dict[str, l
     return found
 
 
-def means(found: Outcomes) -> list[float]:
-    """Accuracy of each seed, mean over farms."""
-    seeds = len(next(iter(found.values())))
-    return [fmean(float(farm[seed].mean()) for farm in found.values()) for seed in range(seeds)]
-
-
-def row(cells: Sequence[Cell], method: str, classifier: str, against: Outcomes) -> Cell:
+def row(cells: Sequence[Cell], method: str, classifier: str, against: Seeds) -> Cell:
     """One line of the table: a criterion at a size, against the dense checkpoint."""
     found = outcomes(cells, method, classifier)
-    seeds = means(found)
+    seeds = plants.by_seed(found)
     interval = paired_bootstrap(found, against)
     return {
         "criterion": cells[0]["criterion"],
@@ -116,7 +109,7 @@ def row(cells: Sequence[Cell], method: str, classifier: str, against: Outcomes) 
         "accuracy": fmean(seeds),
         "accuracy_sd": stdev(seeds) if len(seeds) > 1 else None,
         "per_seed": seeds,
-        "farms": {farm: [float(one.mean()) for one in flags] for farm, flags in found.items()},
+        "farms": plants.by_farm(found),
         "seeds": sorted(int(cell["seed"]) for cell in cells),
         "heads_kept": fmean(cell.get("heads_kept", 1.0) for cell in cells),
         "neurons_kept": fmean(cell.get("neurons_kept", 1.0) for cell in cells),
