@@ -6,16 +6,19 @@ durable one is fsynced and survives a power cut as well, with all that was commi
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from common.errors import DiskError, StateError
-from server.migrations import migrate, require_known
+from server.migrations import MIGRATIONS, Migration, migrate, require_known, version_of
 
 Row = TypeVar("Row")
 
 BUSY_SECONDS = 30.0
+MIGRATION_SECONDS = 5.0
+"""That a reader waits for a writer that has just started, before it calls a database too old."""
 WAL_PAGES = 8192
 """Of 4 KiB: how long the log grows before it is brought into the database."""
 _DISK_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
@@ -27,6 +30,9 @@ class Database:
     Any method raises StateError when the disk is full, the file is damaged, or another process
     writes for longer than ``BUSY_SECONDS``.
     """
+
+    migrations: ClassVar[Sequence[Migration]] = MIGRATIONS
+    """Of the tables that a kind of database has; by default those of the store."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path, self._db = path, connection
@@ -53,7 +59,7 @@ class Database:
             )
         try:
             with _explained(path):
-                _prepare(connection, read_only)
+                _prepare(connection, cls.migrations, read_only)
         except BaseException:
             connection.close()
             raise
@@ -117,14 +123,22 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _prepare(connection: sqlite3.Connection, read_only: bool) -> None:
+def _wait_for_writer(connection: sqlite3.Connection, steps: int) -> None:
+    """A process that has just started may be creating the tables, or bringing them up to date."""
+    until = time.monotonic() + MIGRATION_SECONDS
+    while version_of(connection) < steps and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _prepare(connection: sqlite3.Connection, steps: Sequence[Migration], read_only: bool) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
     if read_only:
-        require_known(connection, exactly=True)
+        _wait_for_writer(connection, len(steps))
+        require_known(connection, len(steps), exactly=True)
         return
-    require_known(connection)
+    require_known(connection, len(steps))
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     # each checkpoint waits for the disk: of a round with hundreds of farms, one is enough
     connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-    migrate(connection)
+    migrate(connection, steps)
