@@ -8,7 +8,9 @@ FieldfedError            exit 1
 ├── StateError           exit 6   what is on disk is missing, damaged or of another version
 │   └── DiskError                 the disk is full or cannot be written
 ├── LaunchError          exit 7   a process did not start or died (port in use, ...)
-└── QualityError         exit 8   the result is below what was asked for
+├── QualityError         exit 8   the result is below what was asked for
+├── RefusalError         exit 9   a version of the model that this device does not take
+└── LinkError            exit 10  the other side cannot be reached, or says no
 
 Each says what is wrong, where, and what to do next. Ctrl-C exits with 130.
 """
@@ -90,3 +92,34 @@ class QualityError(FieldfedError):
     """The result is below what was asked for."""
 
     exit_code = 8
+
+
+class LinkError(FieldfedError):
+    """The other side cannot be reached, or says no."""
+
+    exit_code = 10
+
+
+class Refusal(StrEnum):
+    """Why a device does not take a version: bounded, so that it can label a metric."""
+
+    MALFORMED = "malformed"
+    UNSIGNED = "unsigned"
+    WRONG_KEY = "wrong_key"
+    TAMPERED = "tampered"
+    EXPIRED = "expired"
+    OLDER = "older"
+    FOREIGN = "foreign"
+    INCOMPATIBLE = "incompatible"
+    TOO_LARGE = "too_large"
+    DAMAGED = "damaged"
+
+
+class RefusalError(FieldfedError):
+    """A version, or what names it, that this device does not take."""
+
+    exit_code = 9
+
+    def __init__(self, message: str, reason: Refusal) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,373 @@
+"""The certificate authority of a network, and the certificate of its server.
+
+    STATE/identity/
+        issued.jsonl    every certificate that a farm was given, one JSON object a line
+        ca.key          the authority's private key: whoever has it can be every farm and the server
+        ca.crt          its certificate; farms keep a copy and trust nothing else
+        server.key      the server's private key
+        server.crt      its certificate: the hosts that it may be reached as
+
+The files are made in this order, each whole or not at all, so a crash leaves the first few of
+them; ``create`` then makes the others. Any other gap means that files were lost.
+"""
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import IO
+
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from common import certificates
+from common.certificates import Issuer, PrivateKey, PublicKey, Validity
+from common.errors import ConfigError, DiskError, ProtocolError, StateError
+from common.files import append, only_one, write_atomically
+
+CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
+RENEW_BEFORE = timedelta(days=30)
+EARLIER = timedelta(days=1)
+"""Certificates begin so long before they are made: the clock of a Pi without power runs late."""
+
+_ISSUED, _CA_KEY, _CA = "issued.jsonl", "ca.key", "ca.crt"
+_SERVER_KEY, _SERVER = "server.key", "server.crt"
+_AUTHORITY_FILES = (_ISSUED, _CA_KEY, _CA)
+_FILES = (*_AUTHORITY_FILES, _SERVER_KEY, _SERVER)
+_TITLE = " certificate authority"
+_ANEW = "move the folder away and create a new authority: every farm then has to join again"
+_RESTORE = f"restore the folder from a backup, or {_ANEW}"
+_REMAKE = f"remove {_SERVER_KEY} and {_SERVER} and create again: both are made anew"
+
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+# the last label has a letter: 10.0.0.300 is a mistyped address and no name
+_DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(?:{_LABEL}\.)*(?=[^.]*[A-Za-z][^.]*$){_LABEL}")
+
+
+class Issued(BaseModel):
+    """A certificate that a farm was given; ``key`` is the sha256 of its public key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    farm: str
+    serial: str
+    key: str
+    issued: AwareDatetime
+    expires: AwareDatetime
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """What a TLS server needs, in PEM form; ``ca`` is what it checks farms against."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    ca: bytes
+
+
+class Authority:
+    """Signs what farms ask for; made by :meth:`create` or :meth:`open`."""
+
+    def __init__(self, folder: Path, issuer: Issuer) -> None:
+        self.folder = folder
+        self._issuer = issuer
+
+    @property
+    def network(self) -> str:
+        """The name of the network."""
+        return certificates.common_name(self._issuer.certificate.subject).removesuffix(_TITLE)
+
+    @classmethod
+    def create(
+        cls, folder: Path, network: str, hosts: Sequence[str], now: datetime | None = None
+    ) -> "Authority":
+        """Make a new authority, or what a crash left out; the server is reached as ``hosts``.
+
+        Raises:
+            ConfigError: the network's name or a host is not one.
+            StateError: there is an authority already, or files of one were lost.
+            DiskError: the disk is full or the folder cannot be written.
+        """
+        if not certificates.is_name(network):
+            raise ConfigError(f"network {network!r}: a name has 1-40 letters, digits, '_' or '-'")
+        names, now = _names(hosts), now or datetime.now(UTC)
+        _require_nothing_lost(folder)
+        append(folder / _ISSUED, b"")  # makes the folder, or says why it cannot
+        with only_one(folder / _ISSUED):
+            if not _missing(folder, _FILES):
+                raise StateError(
+                    f"'{folder}' already holds the certificate authority of network "
+                    f"'{cls.open(folder).network}'; use that one, or {_ANEW}"
+                )
+            authority = cls._create_authority(folder, network, now)
+            if _missing(folder, (_SERVER_KEY, _SERVER)):
+                # a certificate without its key is of no use, and a crash must not leave two at odds
+                (folder / _SERVER).unlink(missing_ok=True)
+                certificates.write_key(folder / _SERVER_KEY, certificates.new_key())
+                authority._certify_server(names, now)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Authority":
+        """The authority in a folder.
+
+        Raises:
+            StateError: a file is missing or damaged, or other users may read a private key.
+        """
+        _require_nothing_lost(folder)
+        missing = _missing(folder, _FILES)
+        if missing:
+            raise StateError(
+                f"no complete certificate authority in '{folder}': {missing[0]} is missing; create "
+                "it, which keeps what is there"
+            )
+        authority = cls._open_authority(folder)
+        authority._server()
+        return authority
+
+    def sign(self, request_pem: bytes, days: int = FARM_DAYS, now: datetime | None = None) -> bytes:
+        """A farm's certificate, in PEM form, for its request (PKCS #10).
+
+        Only the name and the key are taken from the request: what a certificate is good for is not
+        for the farm to say. It is on record, on disk, before it is returned.
+
+        Raises:
+            ProtocolError: the request is malformed, or its key belongs to another farm.
+            ConfigError: ``days`` is out of range.
+            StateError: the authority has expired, or its list of certificates is damaged or lost.
+            DiskError: the certificate cannot be recorded; none was given out.
+        """
+        if not 1 <= days <= CA_LIFE.days:
+            raise ConfigError(f"a certificate for {days} days: choose 1 to {CA_LIFE.days}")
+        farm, key = _asked(request_pem)
+        _require_nothing_lost(self.folder)
+        now = (now or datetime.now(UTC)).replace(microsecond=0)
+        validity = self._validity(now, timedelta(days=days))
+        usage = ExtendedKeyUsageOID.CLIENT_AUTH
+        certificate = certificates.issue(farm, key, self._issuer, validity, usage)
+        issued = Issued(
+            farm=farm,
+            serial=f"{certificate.serial_number:x}",
+            key=certificates.fingerprint(key),
+            issued=now,
+            expires=validity.end,
+        )
+        _record(self.folder / _ISSUED, issued)
+        return certificates.pem(certificate)
+
+    def issued(self) -> tuple[Issued, ...]:
+        """The certificates that farms were given, oldest first; StateError for a damaged list."""
+        with _locked(self.folder / _ISSUED) as file:
+            return _parse_issued(self.folder / _ISSUED, file.read())[0]
+
+    def server_credentials(self, now: datetime | None = None) -> ServerFiles:
+        """What the server shows to farms.
+
+        Raises:
+            StateError: it is missing, damaged, of another authority, or has expired.
+        """
+        key, certificate = self._server()
+        ca = self._issuer.certificate
+        try:
+            certificates.check_issued(certificate, ca, now or datetime.now(UTC))
+        except ProtocolError as error:
+            raise StateError(
+                f"'{self.folder / _SERVER}' is of no use: {error}; renew it, or {_REMAKE}"
+            ) from error
+        return ServerFiles(
+            key=certificates.key_pem(key),
+            certificate=certificates.pem(certificate),
+            ca=certificates.pem(ca),
+        )
+
+    def renew_server(self, hosts: Sequence[str], now: datetime | None = None) -> bool:
+        """Certify the server anew if its hosts changed or it has less than 30 days left.
+
+        Its key stays: a single file changes, so a crash cannot leave key and certificate at odds.
+        Returns whether there was anything to do.
+
+        Raises:
+            ConfigError: a host is not one.
+            StateError: a file is missing or damaged, or the authority has expired.
+            DiskError: the disk is full or the folder cannot be written.
+        """
+        names, now = _names(hosts), now or datetime.now(UTC)
+        certificate = self._server()[1]
+        end = certificate.not_valid_after_utc
+        # a certificate that ends with its authority cannot be made to last longer
+        due = end - now < RENEW_BEFORE and end < self._issuer.certificate.not_valid_after_utc
+        if set(_names_in(certificate)) == set(names) and not due:
+            return False
+        self._certify_server(names, now)
+        return True
+
+    @classmethod
+    def _create_authority(cls, folder: Path, network: str, now: datetime) -> "Authority":
+        if _missing(folder, (_CA_KEY,)):
+            certificates.write_key(folder / _CA_KEY, certificates.new_key())
+        if _missing(folder, (_CA,)):
+            key = certificates.read_key(folder / _CA_KEY, _RESTORE)
+            validity = Validity(now - EARLIER, now + CA_LIFE)
+            certificate = certificates.self_signed(network + _TITLE, key, validity)
+            write_atomically(folder / _CA, certificates.pem(certificate))
+        authority = cls._open_authority(folder)
+        if authority.network != network:
+            raise StateError(
+                f"'{folder}' belongs to network '{authority.network}', not '{network}'; create "
+                "it with that name, or move the folder away"
+            )
+        return authority
+
+    @classmethod
+    def _open_authority(cls, folder: Path) -> "Authority":
+        return cls(folder, Issuer(*_read_pair(folder / _CA, folder / _CA_KEY, _RESTORE)))
+
+    def _server(self) -> tuple[PrivateKey, x509.Certificate]:
+        paths = (self.folder / _SERVER, self.folder / _SERVER_KEY)
+        certificate, key = _read_pair(*paths, _REMAKE)
+        return key, certificate
+
+    def _certify_server(self, names: Sequence[x509.GeneralName], now: datetime) -> None:
+        key = certificates.read_key(self.folder / _SERVER_KEY, _REMAKE).public_key()
+        validity, usage = self._validity(now, SERVER_LIFE), ExtendedKeyUsageOID.SERVER_AUTH
+        subject = f"{self.network} server"
+        certificate = certificates.issue(subject, key, self._issuer, validity, usage, names)
+        write_atomically(self.folder / _SERVER, certificates.pem(certificate))
+
+    def _validity(self, now: datetime, life: timedelta) -> Validity:
+        """What we issue now: it ends no later than the authority does."""
+        ca = self._issuer.certificate
+        try:
+            certificates.check_authority(ca, now)
+        except ProtocolError as error:
+            raise StateError(f"'{self.folder / _CA}' cannot sign: {error}; {_ANEW}") from error
+        return Validity(now - EARLIER, min(now + life, ca.not_valid_after_utc))
+
+
+def _read_pair(
+    certificate_path: Path, key_path: Path, remedy: str
+) -> tuple[x509.Certificate, PrivateKey]:
+    key = certificates.read_key(key_path, remedy)
+    certificate = certificates.read_certificate(certificate_path, remedy)
+    if not certificates.is_for(certificate, key):
+        raise StateError(f"'{certificate_path}' is not for the key in '{key_path}'; {remedy}")
+    return certificate, key
+
+
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).exists()]
+
+
+def _require_nothing_lost(folder: Path) -> None:
+    """A crash while creating leaves the first files of an authority; any other gap is a loss."""
+    there = [name for name in _FILES if (folder / name).exists()]
+    used = _ISSUED in there and (folder / _ISSUED).stat().st_size > 0
+    last = _SERVER if used else there[-1] if there else _ISSUED
+    lost = _missing(folder, _FILES[: _FILES.index(last)])
+    # the server's files are made anew whenever they are missing
+    for name in _AUTHORITY_FILES:
+        if name in lost:
+            raise StateError(f"'{folder / name}' is lost; {_RESTORE}")
+
+
+# --- what is asked for ---------------------------------------------------------------------
+
+
+def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """The hosts and this machine itself, each once."""
+    return list(dict.fromkeys(_name(host) for host in ("localhost", "127.0.0.1", *hosts)))
+
+
+def _name(host: str) -> x509.GeneralName:
+    with contextlib.suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    if not _DNS_NAME.fullmatch(host):
+        raise ConfigError(
+            f"host {host!r} is neither a DNS name nor an IP address; write it without scheme, port "
+            "or path"
+        )
+    return x509.DNSName(host.lower())
+
+
+def _names_in(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return list(found.value)
+
+
+def _asked(request_pem: bytes) -> tuple[str, PublicKey]:
+    """The farm and the key of a request, which whoever has the key has signed."""
+    limit = certificates.MAX_PEM_BYTES
+    if len(request_pem) > limit:
+        raise ProtocolError(f"the request has {len(request_pem)} bytes; {limit} are allowed")
+    try:
+        request = x509.load_pem_x509_csr(request_pem)
+        key, subject = request.public_key(), request.subject
+        # looked at first: checking the signature of another kind of key may take long
+        if not certificates.is_p256(key):
+            raise ProtocolError("the key of the request is not an ECDSA key on P-256; make one")
+        if not request.is_signature_valid:
+            raise ProtocolError("the request is not signed by its own key; make a new request")
+    except certificates.UNREADABLE as error:
+        raise ProtocolError("this is no certificate request (PKCS #10) in PEM form") from error
+    farm = certificates.common_name(subject)
+    if not certificates.is_name(farm):
+        raise ProtocolError(
+            f"a request for farm {farm[:60]!r}: a name has 1-40 letters, digits, '_' or '-'"
+        )
+    return farm, key
+
+
+# --- the list of certificates --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """The open list; whoever else wants it waits."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+    except OSError as error:
+        why = error.strerror or error
+        raise DiskError(f"cannot use '{path}': {why}; let this user read and write it") from error
+
+
+def _record(path: Path, issued: Issued) -> None:
+    """Append to the list, on disk when this returns; refuses a key of another farm."""
+    with _locked(path) as file:
+        known, end = _parse_issued(path, file.read())
+        for other in known:
+            if other.key == issued.key and other.farm != issued.farm:
+                raise ProtocolError(
+                    f"the key of farm '{issued.farm}' was already given to farm '{other.farm}' "
+                    f"({certificates.shown(other.issued)}), and two devices must not have one "
+                    f"key; move the identity folder of '{issued.farm}' away, so that it makes a "
+                    "key of its own, and join again"
+                )
+        file.truncate(end)
+        append(path, issued.model_dump_json().encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def _parse_issued(path: Path, data: bytes) -> tuple[tuple[Issued, ...], int]:
+    """The list and where it ends; nobody was given what a line that a crash cut off speaks of."""
+    end = data.rfind(b"\n") + 1
+    found = []
+    for number, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            found.append(Issued.model_validate_json(line))
+        except ValidationError as error:
+            raise StateError(
+                f"line {number} of '{path}' is damaged; restore the file from a backup, or remove "
+                "that line"
+            ) from error
+    return tuple(found), end
