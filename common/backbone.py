@@ -7,6 +7,7 @@ Only plain timm transformers are taken (ViT, DeiT, DINOv2): blocks with one ``at
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,7 +216,7 @@ def pack(model: VisionTransformer, spec: ModelSpec) -> bytes:
 
     Put together in one copy: the library's own ``save`` makes three of a backbone.
     """
-    stored = {name: _stored(tensor.detach()) for name, tensor in model.state_dict().items()}
+    stored = stored_tensors(model)
     header: dict[str, Any] = {"__metadata__": {"spec": spec.to_json()}}
     parts: list[memoryview] = []
     end = 0
@@ -228,6 +229,11 @@ def pack(model: VisionTransformer, spec: ModelSpec) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def stored_tensors(model: VisionTransformer) -> dict[str, Tensor]:
+    """The tensors of a backbone as they are kept: fp16 where that is exact, else fp32."""
+    return {name: _stored(tensor.detach()) for name, tensor in model.state_dict().items()}
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -244,13 +250,22 @@ def unpack(body: bytes) -> tuple[VisionTransformer, ModelSpec]:
     try:
         header, _ = header_of(body)
         spec = ModelSpec.from_json(header["__metadata__"]["spec"])
-        tensors = load_bytes(body)
-        with torch.device("meta"):  # no random initialisation, which takes longer than reading
-            model = build(spec)
-        model.load_state_dict({n: tensor.float() for n, tensor in tensors.items()}, assign=True)
+        return assemble(spec, load_bytes(body)), spec
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"a packed backbone cannot be read: {str(error)[:200]}") from error
-    return model, spec
+
+
+def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> VisionTransformer:
+    """A backbone of its tensors by name.
+
+    Raises:
+        RuntimeError, ValueError: these are not the tensors of this spec.
+        ModelError: the spec cannot be built here.
+    """
+    with torch.device("meta"):  # no random initialisation, which takes longer than reading
+        model = build(spec)
+    model.load_state_dict({name: one.float() for name, one in tensors.items()}, assign=True)
+    return model
 
 
 def save_backbone(path: Path, model: VisionTransformer, spec: ModelSpec) -> None:

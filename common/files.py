@@ -31,7 +31,7 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
                 os.fsync(file.fileno())
         Path(temporary).replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync(path.parent)
     except OSError as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -89,9 +89,17 @@ def _disk_error(path: Path, error: OSError) -> DiskError:
     return DiskError(f"cannot write '{path}': {why}; make room, or let this user write there")
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk: what was written there survives a power cut.
+
+    Raises:
+        DiskError: the disk could not take it.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _disk_error(path, error) from error

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import ServerConfig, load_settings, validate
+from common.config import NetworkConfig, ServerConfig, load_settings, validate
 from common.errors import StateError
+from server.registry_cli import registry_app
 
 app = typer.Typer(
     help="Coordinate farms: align a shared vision transformer, score its heads, prune it.",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
 app.add_typer(masks, name="mask")
+app.add_typer(registry_app, name="registry")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
 Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml and its state")]
 
@@ -33,7 +35,7 @@ SETTINGS = """\
 seed = 0
 
 [server]
-name = "fieldfed"
+name = "{name}"
 host = "127.0.0.1"
 port = {port}
 
@@ -50,6 +52,11 @@ prune_events = 2
 quorum = 1.0            # share of the farms whose replies make a round complete
 deadline_seconds = 1800
 min_farms = 1           # farms that must be online before a run starts
+
+# [hub]                 # devices get signed models here, over mutual TLS
+# host = "0.0.0.0"
+# port = 8443
+# names = ["farms.example.org"]   # by which devices reach it
 """
 
 
@@ -67,14 +74,19 @@ def init(
         Path | None, typer.Option(help="image folder of the source species (anchors, pre-training)")
     ] = None,
     port: Annotated[int, typer.Option(help="SuperLink's port")] = 8000,
+    name: Annotated[str, typer.Option(help="of the network")] = "fieldfed",
 ) -> None:
-    """Create a server: write FOLDER/server.toml."""
+    """Create a server: server.toml, its certificate authority, the keys that sign versions."""
     from common.backbone import dense_spec
+    from server.identity import Authority
+    from server.registry import Registry
 
     dense_spec(backbone, image_size)
+    validate(NetworkConfig, {"name": name, "port": port}, "init")
     local = weights is not None and not weights.startswith("hub")
     where = str(Path(weights or "").resolve()) if local else weights
     text = SETTINGS.format(
+        name=name,
         port=port,
         backbone=backbone,
         image_size=image_size,
@@ -82,6 +94,8 @@ def init(
         source=f"source = {json.dumps(str(source.resolve()))}\n" if source else "",
     )
     write_new(folder / "server.toml", text)
+    Registry.create(folder, name).close()
+    Authority.create(folder / "identity", name, [])
     print(f"wrote {folder / 'server.toml'}; next: fieldfed-server pretrain {folder}")
 
 
