@@ -244,6 +244,19 @@ class NetworkConfig(Section):
     port: int = Field(default=8000, ge=1, le=65535)
 
 
+class HubConfig(Section):
+    """Where devices get models, over mutual TLS."""
+
+    host: str = Field(default="127.0.0.1", description="to listen on; 0.0.0.0: everywhere")
+    port: int = Field(ge=1, le=65535)
+    names: tuple[str, ...] = Field(
+        default=(), description="names and addresses by which devices reach it"
+    )
+    streams: int = Field(default=256, ge=1, le=10_000, description="devices sent to at once")
+    streams_per_farm: int = Field(default=4, ge=1, le=10_000)
+    bytes_per_second: float | None = Field(default=None, gt=0, description="to each farm")
+
+
 class ServerConfig(Section):
     """``server.toml``: everything the server needs."""
 
@@ -254,6 +267,7 @@ class ServerConfig(Section):
     rounds: RoundConfig = Field(default_factory=RoundConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
+    hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:

@@ -2,6 +2,7 @@
 
     SuperLink   one port on 127.0.0.1: farms fetch work from it, commands start runs on it
     SuperExec   asks the SuperLink for runs and starts our ServerApp (server/app.py) for each
+    hub         hands signed models to devices (server/hub.py), where one is configured
 
 They are separate processes that share a secret: nobody else on the machine can take a run's token,
 and a run survives a restart of the SuperLink. Everything lies below the state folder; both are
@@ -15,13 +16,14 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import ServerConfig
+from common.config import HubConfig, ServerConfig
 from common.errors import LaunchError
 from common.files import write_atomically
 from common.processes import (
@@ -128,10 +130,13 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     secret = _prepare(network)
     env = flower_environment(network.state_dir)
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
+    hub = None if config.hub is None else _hub(network, config.hub)
     with terminate_like_interrupt(), Supervisor() as supervisor:
         listening = partial(wait_for_port, network.host, network.port, START_SECONDS, superlink)
         supervisor.start(superlink, ready=listening)
         supervisor.start(superexec)
+        if hub is not None:
+            supervisor.start(hub)
         log.info("farms reach this server at %s", network.address)
         yield network
 
@@ -179,6 +184,12 @@ def _superexec(network: Network, secret: Path, env: dict[str, str]) -> Child:
         *("--superexec-auth-secret-file", str(secret)),
     ]
     return Child("superexec", lambda: command, logs_of(network.state_dir) / "superexec.log", env)
+
+
+def _hub(network: Network, config: HubConfig) -> Child:
+    require_free_port(config.host, config.port, "[hub] port")
+    command = [sys.executable, "-P", "-m", "server.hub", str(network.state_dir)]
+    return Child("hub", lambda: command, logs_of(network.state_dir) / "hub.log", dict(os.environ))
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -1,0 +1,212 @@
+"""A device's side of the hub (common/hub.proto): ask, fetch with resume, report.
+
+Lines of farms are cut at any moment. What has arrived stays on disk, and a fetch goes on from
+there, after a pause that grows and is drawn at random, so that a server that comes back is not met
+by all farms at once. A fetch gives up when it was tried several times without one byte of gain.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import grpc
+import numpy as np
+
+from client.identity import ClientFiles
+from common import hub_pb2, hub_pb2_grpc
+from common.compress import expand
+from common.errors import LinkError, ProtocolError, Refusal, RefusalError
+from common.manifest import InstallReport
+from common.objects import Objects
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS, FETCH_SECONDS = 60.0, 900.0
+TRIES = 8
+LONGEST_PAUSE = 120.0
+MAX_CHUNK = 1 << 20
+OPTIONS = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+)
+PASSING = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INTERNAL,  # what a reset in the middle of a message looks like
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Signed documents: keys, a channel, the manifest it names. Nothing is believed yet."""
+
+    keys: str
+    channel: str
+    manifest: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a fetch cost: bytes of objects that came, also twice, and how often the line was cut."""
+
+    bytes: int
+    cuts: int
+
+
+class HubClient:
+    """A connection to the hub of a network.
+
+    Args:
+        address: "host:port".
+        files: the farm's certificate and key, and the network's authority.
+        seed: of pauses.
+        sleep: waits; another in tests.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        files: ClientFiles,
+        seed: int | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        credentials = grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
+        self._address, self._sleep = address, sleep
+        self._channel = grpc.secure_channel(address, credentials, OPTIONS)
+        self._stub = hub_pb2_grpc.HubStub(self._channel)  # type: ignore[no-untyped-call]
+        self._random = random.Random(seed)  # noqa: S311
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def latest(self, channel: str) -> Offer:
+        """What a channel names now; raises LinkError."""
+        try:
+            return _offer(
+                self._stub.Latest(hub_pb2.ChannelRequest(channel=channel), timeout=CALL_SECONDS)
+            )
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def watch(self, channel: str, counter: int = 0) -> Iterator[Offer]:
+        """Every newer state of a channel than number ``counter``, as it comes; raises LinkError."""
+        request = hub_pb2.ChannelRequest(channel=channel, counter=counter)
+        try:
+            yield from map(_offer, self._stub.Watch(request))
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def report(self, report: InstallReport) -> None:
+        """Say what became of a version; raises LinkError."""
+        values = {key: value for key, value in report.model_dump().items() if value is not None}
+        try:
+            self._stub.Report(hub_pb2.InstallReport(**values), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def fetch(
+        self,
+        wanted: Mapping[str, int],
+        objects: Objects,
+        *,
+        compress: bool = False,
+        tell: Callable[[int], None] = lambda _held: None,
+    ) -> Fetched:
+        """Bring every one of these objects (length by digest) that is not here yet.
+
+        Args:
+            wanted: as a manifest has it.
+            objects: where they are kept, as far as they have come.
+            compress: for links on which bytes are dear.
+            tell: called with the bytes that have come so far.
+
+        Raises:
+            RefusalError: TOO_LARGE: the disk has no room; DAMAGED: the hub hands over other bytes
+                than were announced, again and again.
+            LinkError: the hub cannot be reached, or has an object no longer.
+            DiskError: the disk is full; what came is kept.
+        """
+        lacking = objects.lacking(wanted)
+        objects.require_room(sum(wanted[one] for one in lacking) - sum(lacking.values()))
+        came = cuts = vain = 0
+        while lacking:
+            before = came
+            fault: grpc.RpcError | RefusalError
+            try:
+                for chunk in self._stream(lacking, compress):
+                    data = _bytes(chunk, wanted)
+                    objects.receive(chunk.digest, chunk.offset, data, wanted[chunk.digest])
+                    came += len(data)
+                    tell(came)
+                fault = RefusalError("the hub ended before all had come", Refusal.DAMAGED)
+            except grpc.RpcError as error:
+                if error.code() not in PASSING:
+                    raise self._failed(error) from error
+                fault = error
+            except RefusalError as error:
+                fault = error
+            lacking = objects.lacking(wanted)
+            if not lacking:
+                break
+            cuts += 1
+            vain = 0 if came > before and not isinstance(fault, RefusalError) else vain + 1
+            if vain == TRIES:
+                raise fault if isinstance(fault, RefusalError) else self._failed(fault)
+            self._pause(vain)
+        return Fetched(came, cuts)
+
+    def _stream(self, lacking: Mapping[str, int], compress: bool) -> Iterator[hub_pb2.Chunk]:
+        wants = [hub_pb2.Want(digest=one, offset=held) for one, held in lacking.items()]
+        request = hub_pb2.FetchRequest(wants=wants, compress=compress)
+        # a stream that the server forgets ends by this limit, and another goes on
+        call = self._stub.Fetch(request, timeout=FETCH_SECONDS)
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def _pause(self, vain: int) -> None:
+        most = min(LONGEST_PAUSE, 0.5 * 2**vain)
+        seconds = self._random.uniform(most / 2, most)
+        log.info("the line to %s was cut; going on in %.1f s", self._address, seconds)
+        self._sleep(seconds)
+
+    def _failed(self, error: grpc.RpcError) -> LinkError:
+        return LinkError(
+            f"hub at {self._address}: {error.code().name.lower().replace('_', ' ')}: "
+            f"{(error.details() or '')[:300]}"
+        )
+
+
+def _offer(message: hub_pb2.Offer) -> Offer:
+    return Offer(message.keys, message.channel, message.manifest)
+
+
+def _bytes(chunk: hub_pb2.Chunk, wanted: Mapping[str, int]) -> bytes:
+    """What a chunk holds.
+
+    Raises:
+        RefusalError: DAMAGED: it was not asked for, or is no frame of at most 1 MiB.
+    """
+    if chunk.digest not in wanted:
+        raise RefusalError(f"the hub sent '{chunk.digest[:12]}', unasked", Refusal.DAMAGED)
+    if not chunk.zstandard:
+        return chunk.data
+    try:
+        return expand(np.frombuffer(chunk.data, np.uint8), MAX_CHUNK).tobytes()
+    except ProtocolError as error:
+        raise RefusalError(f"object {chunk.digest[:12]}: {error}", Refusal.DAMAGED) from error
