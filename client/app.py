@@ -11,10 +11,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.worker import in_worker
-from common.config import FarmConfig, load_settings
+from common.config import FarmConfig
 from common.errors import DataError, ProtocolError, RejectReason
 from common.logs import start_logging
 from common.messages import Refusal, Reply, Request
+from common.settings import load_settings
 from common.wire import from_record, message_type, to_record
 
 log = logging.getLogger(__name__)

@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import FarmConfig, load_settings, validate
+from common.config import FarmConfig
+from common.errors import RefusalError
+from common.files import only_one
+from common.settings import load_settings, validate
+
+if TYPE_CHECKING:
+    from client.device import Device
 
 app = typer.Typer(
     help="Run a farm: its images and its classifier stay here.",
@@ -108,6 +114,103 @@ def evaluate(
         f"farm {report['farm']}: accuracy {report['accuracy']:.3f}, macro-F1 {report['f1']:.3f} "
         f"on {report['examples']} test images (backbone {str(report['base'])[:12]})"
     )
+
+
+@app.command(epilog="Example: fieldfed-client request farms/apple --out apple.csr")
+def request(
+    folder: Folder, out: Annotated[Path, typer.Option(help="file for the server's operator")]
+) -> None:
+    """Ask to join a network: a request for a certificate. The key stays here."""
+    from common.files import write_atomically
+
+    write_atomically(out, _device(folder).identity.request())
+    print(f"give {out} to the server's operator, who runs: fieldfed-server certify")
+
+
+@app.command(epilog="Example: fieldfed-client join farms/apple apple.member")
+def join(
+    folder: Folder, membership: Annotated[Path, typer.Argument(help="what the operator sent")]
+) -> None:
+    """Become a member of a network with the operator's answer to 'request'."""
+    from common.membership import Membership
+
+    given = Membership.load(membership)
+    _device(folder).join(given)
+    where = f", models come from {given.hub}" if given.hub else ""
+    print(f"farm {given.farm} is a member of network {given.network}{where}")
+
+
+@app.command(epilog="Example: fieldfed-client update farms/apple --follow")
+def update(
+    folder: Folder,
+    follow: Annotated[bool, typer.Option("--follow", help="go on until Ctrl-C")] = False,
+    log: LogOption = "text",
+) -> None:
+    """Try what the channel names on this farm's images, and serve with it if it is no worse."""
+    from client.schedule import Follower
+
+    logs.start_logging(log)
+    config = load_settings(FarmConfig, folder / "farm.toml")
+    device, metered = _device(folder), config.farm.link == "metered"
+    with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
+        updater = device.updater()
+        if follow:
+            Follower(updater, hub, hours=config.farm.update_hours, metered=metered).run()
+        back = updater.check(hub)
+        done = back if back is not None else updater.update(hub, compress=metered)
+    print(done.words)
+    if done.outcome == "refused":
+        raise typer.Exit(RefusalError.exit_code)
+
+
+@app.command(epilog="Example: fieldfed-client serving farms/apple --json")
+def serving(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What this device serves with."""
+    about = _device(folder).serving.about()
+    if as_json:
+        shown = None if about is None else about.model_dump(mode="json", exclude={"manifest"})
+        version = None if about is None else about.manifest.counter
+        print(json.dumps({"version": version, "bundle": shown}, indent=2, sort_keys=True))
+    elif about is None:
+        print(f"no version yet; get one with: fieldfed-client update {folder}")
+    else:
+        print(
+            f"version {about.manifest.counter} since {about.committed:%Y-%m-%d %H:%M} UTC: "
+            f"{len(about.classes)} classes, accuracy {about.accuracy:.3f}, macro-F1 {about.f1:.3f} "
+            f"on this farm's decide part; not sure below {about.threshold:.2f}"
+        )
+
+
+@app.command(epilog="Example: fieldfed-client label farms/apple img_0412.jpg scab")
+def label(
+    folder: Folder,
+    image: Annotated[Path, typer.Argument(help="an image file; it is copied")],
+    name: Annotated[str, typer.Argument(help="its class")],
+    new: Annotated[bool, typer.Option("--new", help="the class is a new one")] = False,
+) -> None:
+    """Say what an image shows: training uses it, and it judges the version in use."""
+    copy = _device(folder).labels.add(image, name, new=new)
+    print(f"{copy} is a {name}" + ("; the classifier learns it at the next version" if new else ""))
+
+
+@app.command("rename-class", epilog="Example: fieldfed-client rename-class farms/apple scab black")
+def rename_class(
+    folder: Folder,
+    old: Annotated[str, typer.Argument(help="its name so far")],
+    new: Annotated[str, typer.Argument(help="its new name")],
+) -> None:
+    """Rename a class. What serves says the old name until the next version is in use."""
+    _device(folder).labels.rename(old, new)
+    print(f"class {old} is {new} now")
+
+
+def _device(folder: Path) -> "Device":
+    from client.device import Device
+
+    return Device(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from client.identity import ClientFiles
 from common import hub_pb2, hub_pb2_grpc
 from common.compress import expand
-from common.errors import LinkError, ProtocolError, Refusal, RefusalError
+from common.errors import LinkError, ProtocolError, RefusalError, RefuseReason
 from common.manifest import InstallReport
 from common.objects import Objects
 
@@ -152,7 +152,7 @@ class HubClient:
                     objects.receive(chunk.digest, chunk.offset, data, wanted[chunk.digest])
                     came += len(data)
                     tell(came)
-                fault = RefusalError("the hub ended before all had come", Refusal.DAMAGED)
+                fault = RefusalError("the hub ended before all had come", RefuseReason.DAMAGED)
             except grpc.RpcError as error:
                 if error.code() not in PASSING:
                     raise self._failed(error) from error
@@ -203,10 +203,10 @@ def _bytes(chunk: hub_pb2.Chunk, wanted: Mapping[str, int]) -> bytes:
         RefusalError: DAMAGED: it was not asked for, or is no frame of at most 1 MiB.
     """
     if chunk.digest not in wanted:
-        raise RefusalError(f"the hub sent '{chunk.digest[:12]}', unasked", Refusal.DAMAGED)
+        raise RefusalError(f"the hub sent '{chunk.digest[:12]}', unasked", RefuseReason.DAMAGED)
     if not chunk.zstandard:
         return chunk.data
     try:
         return expand(np.frombuffer(chunk.data, np.uint8), MAX_CHUNK).tobytes()
     except ProtocolError as error:
-        raise RefusalError(f"object {chunk.digest[:12]}: {error}", Refusal.DAMAGED) from error
+        raise RefusalError(f"object {chunk.digest[:12]}: {error}", RefuseReason.DAMAGED) from error

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from common import backbone
-from common.errors import ModelError, Refusal, RefusalError
+from common.errors import ModelError, RefusalError, RefuseReason
 from common.manifest import Manifest
 from common.objects import Objects
 
@@ -26,7 +26,7 @@ def require_buildable(manifest: Manifest) -> None:
         with torch.device("meta"):
             model = backbone.build(manifest.spec)
     except ModelError as error:
-        raise RefusalError(f"{what}: {error}", Refusal.INCOMPATIBLE) from error
+        raise RefusalError(f"{what}: {error}", RefuseReason.INCOMPATIBLE) from error
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     named = {tensor.name: tensor.shape for tensor in manifest.tensors}
     wrong = sorted(name for name in needed | named if needed.get(name) != named.get(name))
@@ -36,7 +36,7 @@ def require_buildable(manifest: Manifest) -> None:
             f"{what}: its spec needs '{first}' of {needed.get(first, 'no')} numbers, its manifest "
             f"names {named.get(first, 'none')} ({len(wrong)} such tensors); update this device's "
             "fieldfed, or publish the version again",
-            Refusal.INCOMPATIBLE,
+            RefuseReason.INCOMPATIBLE,
         )
 
 
@@ -64,6 +64,6 @@ def assemble(manifest: Manifest, objects: Objects) -> VisionTransformer:
     if backbone.digest(model, manifest.spec) != manifest.backbone:
         raise RefusalError(
             f"version {manifest.counter} is not the backbone that its manifest says",
-            Refusal.DAMAGED,
+            RefuseReason.DAMAGED,
         )
     return model

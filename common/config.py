@@ -1,19 +1,9 @@
-"""Settings: one place for every default. TOML files, then environment, then flags.
+"""Settings: one place for every default. How they are read is in common/settings.py."""
 
-``server.toml`` and ``farm.toml`` are validated here; unknown keys are errors that name the key.
-Environment variables override: ``FIELDFED_SERVER__PORT=9000`` sets ``[server] port``.
-"""
-
-import os
-import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from common.errors import ConfigError
-
-ENVIRONMENT_PREFIX = "FIELDFED_"
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
@@ -283,6 +273,7 @@ class ServerConfig(Section):
 
 
 METERED_POLL_SECONDS = 30.0
+Hour = Annotated[int, Field(ge=0, le=23)]
 
 
 class FarmSection(Section):
@@ -302,6 +293,15 @@ class FarmSection(Section):
     )
     awake_minutes: float = Field(
         default=10.0, gt=0, le=1440, description="and goes to sleep after so long without work"
+    )
+    device: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_-]{1,40}$", description="unset: the farm's name"
+    )
+    channel: str = Field(
+        default="stable", pattern=r"^[a-z][a-z0-9-]{0,19}$", description="whose versions it tries"
+    )
+    update_hours: tuple[Hour, Hour] | None = Field(
+        default=None, description="local hours, from and to; unset: always, metered at night"
     )
     per_class: int | None = Field(default=None, ge=5, description="few-shot: training images used")
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -342,54 +342,3 @@ class FarmConfig(Section):
     """``farm.toml``: everything a farm needs."""
 
     farm: FarmSection
-
-
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-def load_settings(kind: type[Settings], path: Path, **overrides: dict[str, Any]) -> Settings:
-    """Read a TOML file, apply the environment, then ``section={key: value}`` overrides.
-
-    Raises:
-        ConfigError: the file is missing or not TOML, or a key or value is wrong; names it.
-    """
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no settings at '{path}'; create them with the init command") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"'{path}' is not readable TOML: {error}") from error
-    _merge(values, _from_environment(kind))
-    _merge(values, overrides)
-    return validate(kind, values, str(path))
-
-
-def validate(kind: type[Settings], values: dict[str, Any], origin: str) -> Settings:
-    """Validate plain values; the error names each key at fault."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc']) or 'settings'}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
-
-
-def _from_environment(kind: type[BaseModel]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, text in os.environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        section, separator, key = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
-        if section in kind.model_fields:
-            _merge(values, {section: {key: text}} if separator else {section: text})
-    return values
-
-
-def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value

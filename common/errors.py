@@ -100,7 +100,7 @@ class LinkError(FieldfedError):
     exit_code = 10
 
 
-class Refusal(StrEnum):
+class RefuseReason(StrEnum):
     """Why a device does not take a version: bounded, so that it can label a metric."""
 
     MALFORMED = "malformed"
@@ -120,6 +120,6 @@ class RefusalError(FieldfedError):
 
     exit_code = 9
 
-    def __init__(self, message: str, reason: Refusal) -> None:
+    def __init__(self, message: str, reason: RefuseReason) -> None:
         super().__init__(message)
         self.reason = reason

@@ -152,7 +152,12 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(classifier: nn.Linear, features: Tensor, labels: Tensor) -> Evaluation:
     """Judge a classifier on features (N,C) and labels (N,); F1 is averaged over classes present."""
-    predicted = classifier(features.to(classifier.weight)).argmax(1).cpu().numpy()
+    return evaluate_logits(classifier(features.to(classifier.weight)), labels)
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Judge logits (N,K) by labels (N,); F1 is averaged over classes present."""
+    predicted = logits.argmax(1).cpu().numpy()
     truth = labels.cpu().numpy()
     correct = predicted == truth
     scores = []

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from common.errors import Refusal, RefusalError
+from common.errors import RefusalError, RefuseReason
 from common.messages import Digest, FarmName, Ratio
 from common.signing import Document, KeySet, NetworkName, parsed, read, verified
 from common.spec import ModelSpec
@@ -154,27 +154,28 @@ class Channel(Document):
         """
         if self.name != name:
             raise RefusalError(
-                f"asked for channel '{name}', shown channel '{self.name}'", Refusal.FOREIGN
+                f"asked for channel '{name}', shown channel '{self.name}'", RefuseReason.FOREIGN
             )
         _require(f"channel '{name}'", self.network, self.expires, network, now)
         if self.counter < seen:
             raise RefusalError(
                 f"channel '{name}' is shown as it was at number {self.counter}, but this device "
                 f"has seen number {seen}: somebody shows it an old state of the server",
-                Refusal.OLDER,
+                RefuseReason.OLDER,
             )
 
 
 def _require(what: str, network: str, expires: datetime, expected: str, now: datetime) -> None:
     if network != expected:
         raise RefusalError(
-            f"{what} belongs to network '{network}', this device to '{expected}'", Refusal.FOREIGN
+            f"{what} belongs to network '{network}', this device to '{expected}'",
+            RefuseReason.FOREIGN,
         )
     if now >= expires:
         raise RefusalError(
             f"{what} has expired on {expires:%Y-%m-%d}; this device's date is {now:%Y-%m-%d}: set "
             "its clock if that is wrong, else the server has to sign it again",
-            Refusal.EXPIRED,
+            RefuseReason.EXPIRED,
         )
 
 

@@ -11,10 +11,10 @@ it holds is believed only when it is whole and its sha256 is right.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from common.errors import Refusal, RefusalError
+from common.errors import RefusalError, RefuseReason
 from common.files import append, sync, write_atomically
 
 _PART = ".part"
@@ -70,7 +70,7 @@ class Objects:
             raise RefusalError(
                 f"{needed / 1e6:.1f} MB are to be fetched and {SPARE_BYTES / 1e6:.0f} MB to stay "
                 f"free, but the disk of '{self._folder}' has {free / 1e6:.1f} MB; make room",
-                Refusal.TOO_LARGE,
+                RefuseReason.TOO_LARGE,
             )
 
     def receive(self, digest: str, offset: int, data: bytes, size: int) -> int:
@@ -93,7 +93,7 @@ class Objects:
             raise RefusalError(
                 f"object {digest[:12]}: bytes {offset} to {offset + len(data)} of {size} came, but "
                 f"{held} are here",
-                Refusal.DAMAGED,
+                RefuseReason.DAMAGED,
             )
         append(part, data)
         sync(part)
@@ -111,7 +111,7 @@ class Objects:
             raise RefusalError(
                 f"object {digest[:12]} is not what its name says; it is thrown away and will be "
                 "fetched again",
-                Refusal.DAMAGED,
+                RefuseReason.DAMAGED,
             )
         part.replace(self.path(digest))
         sync(part.parent)
@@ -132,35 +132,30 @@ class Objects:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise RefusalError(f"object {digest[:12]} is not here", Refusal.DAMAGED) from None
+            raise RefusalError(f"object {digest[:12]} is not here", RefuseReason.DAMAGED) from None
         if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
             path.unlink(missing_ok=True)
             raise RefusalError(
                 f"object {digest[:12]} was damaged on disk; it is thrown away and will be fetched "
                 "again",
-                Refusal.DAMAGED,
+                RefuseReason.DAMAGED,
             )
         return data
 
-    def digests(self) -> Iterator[str]:
-        """Of every whole object."""
+    def keep_only(self, wanted: Collection[str]) -> list[int]:
+        """Remove every other object, whole or not, and what a killed process left half written.
+
+        Not for while anything is being received, or added for a version that has no manifest yet.
+
+        Returns:
+            The bytes of each file that was removed.
+        """
+        removed = []
         for path in self._folder.glob("??/*"):
-            if len(path.name) == 64:
-                yield path.name
-
-    def remove(self, digest: str) -> int:
-        """Remove an object, whole or not; returns the bytes that it had."""
-        freed = 0
-        for path in (self.path(digest), self._part(digest)):
-            if path.is_file():
-                freed += path.stat().st_size
+            if path.name.removesuffix(_PART) not in wanted:
+                removed.append(path.stat().st_size)
                 path.unlink()
-        return freed
-
-    def sweep(self) -> None:
-        """Remove what a killed process left half written, but not the parts, which go on."""
-        for path in self._folder.glob("??/.*"):
-            path.unlink(missing_ok=True)
+        return removed
 
     def _part(self, digest: str) -> Path:
         path = self.path(digest)

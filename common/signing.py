@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import Refusal, RefusalError
+from common.errors import RefusalError, RefuseReason
 
 Kind: TypeAlias = Literal["keys", "manifest", "channel"]
 KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -76,13 +76,13 @@ class KeySet(Document):
         if newer.network != self.network:
             raise RefusalError(
                 f"keys of network '{newer.network}', but this device belongs to '{self.network}'",
-                Refusal.FOREIGN,
+                RefuseReason.FOREIGN,
             )
         if newer.counter < self.counter:
             raise RefusalError(
                 f"keys number {newer.counter} are older than number {self.counter}, which this "
                 "device has seen: somebody shows it an old state of the server",
-                Refusal.OLDER,
+                RefuseReason.OLDER,
             )
         return newer
 
@@ -134,11 +134,12 @@ def verified(kind: Kind, text: str, keys: KeySet, now: datetime) -> str:
     """The body of a document that a trusted key has signed; raises as :func:`read` does."""
     if len(text) > MAX_BYTES:
         raise RefusalError(
-            f"a {kind} document of {len(text)} bytes; at most {MAX_BYTES} pass", Refusal.TOO_LARGE
+            f"a {kind} document of {len(text)} bytes; at most {MAX_BYTES} pass",
+            RefuseReason.TOO_LARGE,
         )
     envelope = parsed(_Envelope, text, kind)
     if not envelope.signatures:
-        raise RefusalError(f"the {kind} document carries no signature", Refusal.UNSIGNED)
+        raise RefusalError(f"the {kind} document carries no signature", RefuseReason.UNSIGNED)
     known = {key.id: key for key in keys.keys}
     ours = [known[name] for name in envelope.signatures if name in known]
     if not ours:
@@ -147,14 +148,14 @@ def verified(kind: Kind, text: str, keys: KeySet, now: datetime) -> str:
             f"the {kind} document is signed by {signers}, which is no key of network "
             f"'{keys.network}'; if its keys were exchanged while this device was away, enrol it "
             "again",
-            Refusal.WRONG_KEY,
+            RefuseReason.WRONG_KEY,
         )
     valid = [key for key in ours if key.until is None or now < key.until]
     if not valid:
         raise RefusalError(
             f"the {kind} document is signed by key {ours[0].id}, which counts no longer since "
             f"{ours[0].until:%Y-%m-%d} (this device's date: {now:%Y-%m-%d})",
-            Refusal.EXPIRED,
+            RefuseReason.EXPIRED,
         )
     _check(kind, envelope.body, envelope.signatures, valid)
     return envelope.body
@@ -173,7 +174,7 @@ def _check(
             raise RefusalError(
                 f"the {kind} document is not what key {key.id} has signed: it was changed on its "
                 "way, or signed as something else",
-                Refusal.TAMPERED,
+                RefuseReason.TAMPERED,
             ) from None
 
 
@@ -186,7 +187,7 @@ def parsed(form: type[Read], text: str, kind: str) -> Read:
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise RefusalError(
             f"the {kind} document cannot be read: {where[:120]}: {first['msg'][:200]}",
-            Refusal.MALFORMED,
+            RefuseReason.MALFORMED,
         ) from error
 
 

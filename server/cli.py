@@ -12,8 +12,10 @@ from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import NetworkConfig, ServerConfig, load_settings, validate
+from common.config import NetworkConfig, ServerConfig
 from common.errors import StateError
+from common.files import write_atomically
+from common.settings import load_settings, validate
 from server.registry_cli import registry_app
 
 app = typer.Typer(
@@ -188,6 +190,23 @@ def status(
         print(json.dumps(values, indent=2, sort_keys=True))
     else:
         Console().print(show(values))
+
+
+@app.command(epilog="Example: fieldfed-server certify network apple.csr --out apple.member")
+def certify(
+    folder: Folder,
+    request: Annotated[Path, typer.Argument(help="what 'fieldfed-client request' wrote")],
+    out: Annotated[Path, typer.Option(help="file for the farm; it holds no secret")],
+    hub: Annotated[
+        str | None, typer.Option(help="host:port by which the farm reaches the hub")
+    ] = None,
+) -> None:
+    """Take a farm into the network: sign its certificate. Look who asks before you do."""
+    from server.members import certified
+
+    member = certified(_settings(folder), folder, request, hub)
+    write_atomically(out, member.model_dump_json().encode())
+    print(f"give {out} to farm {member.farm}, which runs: fieldfed-client join")
 
 
 @app.command(epilog="Example: fieldfed-server readmit network apple")

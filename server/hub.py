@@ -28,10 +28,11 @@ from pydantic import ValidationError
 
 from common import hub_pb2, hub_pb2_grpc, logs
 from common.compress import compressed_piece
-from common.config import HubConfig, ServerConfig, load_settings
+from common.config import HubConfig, ServerConfig
 from common.errors import ConfigError, FieldfedError
 from common.manifest import InstallReport
 from common.objects import Objects, is_digest
+from common.settings import load_settings
 from server.identity import Authority, ServerFiles
 from server.offers import Offers
 from server.registry import Registry

@@ -219,8 +219,7 @@ class Registry:
             # asked again: a channel may have come to name one of them in between
             kept = {row.counter for row in self._versions.versions()}
             wanted = {digest for one in kept for digest in self.manifest(one).objects}
-            freed = [self.objects.remove(d) for d in set(self.objects.digests()) - wanted]
-            self.objects.sweep()
+            freed = self.objects.keep_only(wanted)
         gone = tuple(row.counter for row in rows if row.counter not in kept)
         return Collected(gone, len(freed), sum(freed))
 

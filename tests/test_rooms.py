@@ -56,7 +56,7 @@ def test_files_stay_readable(path: Path) -> None:
 def test_what_an_inference_device_and_status_need_imports_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['flwr'] = None; "
-        "import common.errors, common.config, common.spec, common.files, common.messages, "
+        "import common.errors, common.settings, common.spec, common.files, common.messages, "
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, server.status, "
         "server.hub"
     )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common.config import PlanConfig, PrivacyConfig, ServerConfig, validate
+from common.config import PlanConfig, PrivacyConfig, ServerConfig
 from common.errors import ConfigError, QualityError
 from common.privacy import (
     GRID_BITS,
@@ -20,6 +20,7 @@ from common.privacy import (
     privatise_scores,
 )
 from common.scores import decode_neurons, encode_neurons
+from common.settings import validate
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 updates = arrays.arrays(

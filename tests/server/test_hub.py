@@ -20,7 +20,7 @@ from client.hub import HubClient
 from common import hub_pb2, hub_pb2_grpc
 from common.assembly import assemble
 from common.backbone import digest
-from common.errors import LinkError, Refusal, RefusalError
+from common.errors import LinkError, RefusalError, RefuseReason
 from common.manifest import InstallReport, Manifest, read_channel, read_manifest
 from common.objects import Objects
 from common.signing import KeySet, first_keys
@@ -294,7 +294,7 @@ def test_a_tampered_object_is_never_kept(hub: LabHub, registry: Registry, tmp_pa
     client = HubClient(hub.address, hub.files(), seed=0, sleep=lambda _: None)
     with pytest.raises(RefusalError, match="is not what its name says") as caught:
         client.fetch({name: 6}, objects)
-    assert caught.value.reason is Refusal.DAMAGED
+    assert caught.value.reason is RefuseReason.DAMAGED
     assert not objects.has(name)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from common import backbone
 from common.assembly import assemble, require_buildable
-from common.errors import ConfigError, DiskError, Refusal, RefusalError, StateError
+from common.errors import ConfigError, DiskError, RefusalError, RefuseReason, StateError
 from common.files import only_one
 from common.manifest import Channel, Manifest, read_channel, read_manifest
 from common.signing import KeySet, read
@@ -213,10 +213,10 @@ def test_a_registry_out_of_a_backup_is_not_behind_its_devices(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("asked", "network", "counter", "later", "reason", "words"),
     [
-        ("canary", NETWORK, 0, 0, Refusal.FOREIGN, "asked for channel 'canary'"),
-        (STABLE, "hill", 0, 0, Refusal.FOREIGN, "belongs to network 'valley', this device to"),
-        (STABLE, NETWORK, 2**50, 0, Refusal.OLDER, "an old state of the server"),
-        (STABLE, NETWORK, 0, 31, Refusal.EXPIRED, "set its clock if that is wrong"),
+        ("canary", NETWORK, 0, 0, RefuseReason.FOREIGN, "asked for channel 'canary'"),
+        (STABLE, "hill", 0, 0, RefuseReason.FOREIGN, "belongs to network 'valley', this device to"),
+        (STABLE, NETWORK, 2**50, 0, RefuseReason.OLDER, "an old state of the server"),
+        (STABLE, NETWORK, 0, 31, RefuseReason.EXPIRED, "set its clock if that is wrong"),
     ],
 )
 def test_what_a_device_says_of_a_channel(
@@ -225,7 +225,7 @@ def test_what_a_device_says_of_a_channel(
     network: str,
     counter: int,
     later: int,
-    reason: Refusal,
+    reason: RefuseReason,
     words: str,
 ) -> None:
     registry = two_versions(tmp_path)
@@ -258,7 +258,7 @@ def test_tensors_of_another_spec_are_refused_before_any_is_fetched(tmp_path: Pat
     ):
         with pytest.raises(RefusalError, match=words) as caught:
             require_buildable(manifest.model_copy(update=changed))
-        assert caught.value.reason is Refusal.INCOMPATIBLE
+        assert caught.value.reason is RefuseReason.INCOMPATIBLE
 
 
 def test_tensors_that_are_not_the_backbone_are_refused(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_manifest_of_a_tensor_of_100_gb_is_read_and_weighed(tmp_path: Path) ->
     assert bloated.objects["e" * 64] == 10**11
     with pytest.raises(RefusalError, match="MB are to be fetched") as caught:
         registry.objects.require_room(1000 * bloated.objects["e" * 64])
-    assert caught.value.reason is Refusal.TOO_LARGE
+    assert caught.value.reason is RefuseReason.TOO_LARGE
 
 
 # --- keys ------------------------------------------------------------------------------------

@@ -68,7 +68,9 @@ except KeyboardInterrupt:
 
 FARM_PROGRAM = """
 from pathlib import Path
-from common.config import FarmConfig, load_settings; from common.logs import start_logging
+from common.config import FarmConfig
+from common.logs import start_logging
+from common.settings import load_settings
 from client.launch import run_supernode
 start_logging()
 path = Path({config!r})
