@@ -13,7 +13,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test system bench-bytes bench-newcomer bench-pruning chaos fuzz idle liars scale stragglers lint format clean
+.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning chaos chaos-updater fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -25,13 +25,16 @@ test: $(STAMP) lint
 system: $(STAMP)
 	$(BIN)/python -P -m pytest -m system
 
-bench-bytes bench-newcomer bench-pruning: $(STAMP)
+bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)
 	$(if $(filter bench-pruning,$@),$(BIN)/pip install -q -c constraints.txt -e ".[bench]")
 	$(BIN)/python -m tests.benchmarks.$(@:bench-%=%)
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
 chaos fuzz idle liars scale stragglers: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.$@
+
+chaos-updater: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.updater
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -140,6 +140,7 @@ class HubClient:
             LinkError: the hub cannot be reached, or has an object no longer.
             DiskError: the disk is full; what came is kept.
         """
+        objects.resume(wanted)
         lacking = objects.lacking(wanted)
         objects.require_room(sum(wanted[one] for one in lacking) - sum(lacking.values()))
         came = cuts = vain = 0

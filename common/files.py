@@ -22,7 +22,7 @@ def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -46,7 +46,7 @@ def append(path: Path, data: bytes) -> int:
         DiskError: the disk is full or the folder cannot be written; ``path`` is as long as before.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with path.open("ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
             try:
@@ -87,6 +87,15 @@ def lock(file: IO[bytes]) -> bool:
 def _disk_error(path: Path, error: OSError) -> DiskError:
     why = error.strerror or error
     return DiskError(f"cannot write '{path}': {why}; make room, or let this user write there")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; a power cut leaves them there. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -4,8 +4,9 @@
     ab/abcd....part   as far as it has come
 
 Both the server's registry and a device keep what versions are made of in such a folder, so that a
-version costs only what no other version has. A part is on disk, fsynced, as far as it is long; what
-it holds is believed only when it is whole and its sha256 is right.
+version costs only what no other version has. A part grows piece by piece, each synced before the
+next: after a power cut all but the last piece is as it was written. What a part holds is believed
+only when it is whole and its sha256 is right.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from common.errors import RefusalError, RefuseReason
 from common.files import append, sync, write_atomically
 
 _PART = ".part"
+PIECE_BYTES = 256 * 1024
+"""Most that is written between two syncs, and so most that a power cut can spoil."""
 SPARE_BYTES = 50_000_000
 """That a disk keeps for everything else."""
 
@@ -58,6 +61,22 @@ class Objects:
             found[digest] = held
         return found
 
+    def resume(self, wanted: Mapping[str, int]) -> None:
+        """Make the parts that an earlier process left fit to go on.
+
+        One that is whole is finished. Of any other the last piece is given up: a power cut may have
+        spoilt it.
+        """
+        for digest, size in wanted.items():
+            part = self._part(digest)
+            held = part.stat().st_size if part.is_file() else 0
+            if held == size and sha256_of(part) == digest:
+                self._finish(digest)
+            elif held:
+                with part.open("r+b") as file:
+                    file.truncate(max(0, held - PIECE_BYTES))
+                sync(part)
+
     def require_room(self, needed: int) -> None:
         """Refuse what this disk has no room for, before any of it is fetched.
 
@@ -95,8 +114,9 @@ class Objects:
                 f"{held} are here",
                 RefuseReason.DAMAGED,
             )
-        append(part, data)
-        sync(part)
+        for start in range(0, len(data), PIECE_BYTES):
+            append(part, data[start : start + PIECE_BYTES])
+            sync(part)
         if held == 0:
             sync(part.parent)
         held += len(data)

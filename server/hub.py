@@ -31,7 +31,7 @@ from common.compress import compressed_piece
 from common.config import HubConfig, ServerConfig
 from common.errors import ConfigError, FieldfedError
 from common.manifest import InstallReport
-from common.objects import Objects, is_digest
+from common.objects import PIECE_BYTES, Objects, is_digest
 from common.settings import load_settings
 from server.identity import Authority, ServerFiles
 from server.offers import Offers
@@ -39,7 +39,7 @@ from server.registry import Registry
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = PIECE_BYTES
 STALL_SECONDS = 60.0
 MOST_WANTS = 20_000
 SERVICE: str = hub_pb2.DESCRIPTOR.services_by_name["Hub"].full_name

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import RefusalError, RefuseReason
-from common.objects import Objects, is_digest
+from common.objects import PIECE_BYTES, Objects, is_digest
 
 
 def digest(data: bytes) -> str:
@@ -68,6 +68,36 @@ def test_a_part_longer_than_its_object_begins_again(tmp_path: Path) -> None:
     objects, name = Objects(tmp_path), digest(b"leaves")
     objects.receive(name, 0, b"leave", 6)
     assert objects.lacking({name: 4}) == {name: 0}
+
+
+def test_a_killed_process_costs_one_piece(tmp_path: Path) -> None:
+    data = bytes(3 * PIECE_BYTES)
+    objects, name, wanted = Objects(tmp_path), digest(data), {digest(data): len(data)}
+    objects.receive(name, 0, data[: 2 * PIECE_BYTES + 5], len(data))
+    again = Objects(tmp_path)
+    again.resume(wanted)
+    assert again.lacking(wanted) == {name: PIECE_BYTES + 5}
+    again.receive(name, PIECE_BYTES + 5, data[PIECE_BYTES + 5 :], len(data))
+    assert again.has(name)
+
+
+def test_a_part_that_is_whole_is_finished(tmp_path: Path) -> None:
+    objects, name = Objects(tmp_path), digest(b"leaves")
+    objects.receive(name, 0, b"leave", 6)
+    (part,) = tmp_path.glob("??/*.part")
+    part.write_bytes(b"leaves")  # killed before it got its name
+    objects.resume({name: 6})
+    assert objects.has(name)
+
+
+def test_a_part_that_was_spoilt_at_its_end_goes_on_before_it(tmp_path: Path) -> None:
+    data = b"x" * (2 * PIECE_BYTES)
+    objects, name = Objects(tmp_path), digest(data)
+    objects.receive(name, 0, data[:PIECE_BYTES], len(data))
+    (part,) = tmp_path.glob("??/*.part")
+    part.write_bytes(data[:PIECE_BYTES] + bytes(PIECE_BYTES))  # its length came to the disk
+    objects.resume({name: len(data)})
+    assert objects.lacking({name: len(data)}) == {name: PIECE_BYTES}
 
 
 def test_no_room(tmp_path: Path) -> None:
