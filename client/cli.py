@@ -16,6 +16,7 @@ from common.settings import load_settings, validate
 
 if TYPE_CHECKING:
     from client.device import Device
+    from client.labels import Labels
 
 app = typer.Typer(
     help="Run a farm: its images and its classifier stay here.",
@@ -192,7 +193,7 @@ def label(
     new: Annotated[bool, typer.Option("--new", help="the class is a new one")] = False,
 ) -> None:
     """Say what an image shows: training uses it, and it judges the version in use."""
-    copy = _device(folder).labels.add(image, name, new=new)
+    copy = _labels(folder).add(image, name, new=new)
     print(f"{copy} is a {name}" + ("; the classifier learns it at the next version" if new else ""))
 
 
@@ -203,8 +204,14 @@ def rename_class(
     new: Annotated[str, typer.Argument(help="its new name")],
 ) -> None:
     """Rename a class. What serves says the old name until the next version is in use."""
-    _device(folder).labels.rename(old, new)
+    _labels(folder).rename(old, new)
     print(f"class {old} is {new} now")
+
+
+def _labels(folder: Path) -> "Labels":
+    from client.labels import labels_of
+
+    return labels_of(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
 
 
 def _device(folder: Path) -> "Device":

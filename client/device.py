@@ -7,7 +7,7 @@ from pathlib import Path
 
 from client.hub import HubClient
 from client.identity import FarmIdentity
-from client.labels import Labels
+from client.labels import labels_of
 from client.serving import Serving
 from client.trust import Trust
 from client.updater import Updater
@@ -24,7 +24,7 @@ class Device:
     def __init__(self, config: FarmConfig, state_dir: Path) -> None:
         self._config, self._state = config, state_dir
         self.serving = Serving(state_dir / "serving")
-        self.labels = Labels(state_dir / "labels.jsonl", config.farm.data)
+        self.labels = labels_of(config, state_dir)
 
     @property
     def identity(self) -> FarmIdentity:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import AwareDatetime, ValidationError
 
+from common.config import FarmConfig
 from common.duplicates import UNREADABLE
 from common.errors import DataError, DiskError
 from common.files import append, sync
@@ -28,6 +29,11 @@ from common.signing import Document
 log = logging.getLogger(__name__)
 
 _SIDE = 64
+
+
+def labels_of(config: FarmConfig, state_dir: Path) -> "Labels":
+    """The labels of a farm."""
+    return Labels(state_dir / "labels.jsonl", config.farm.data)
 
 
 class _Line(Document):

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from common.errors import RefusalError, RefuseReason
-from common.files import append, sync, write_atomically
+from common.files import append, make_folder, sync, write_atomically
 
 _PART = ".part"
 PIECE_BYTES = 256 * 1024
@@ -83,7 +83,7 @@ class Objects:
         Raises:
             RefusalError: TOO_LARGE; says how much is needed and how much is free.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         free = shutil.disk_usage(self._folder).free
         if needed + SPARE_BYTES > free:
             raise RefusalError(

@@ -102,6 +102,7 @@ def record(root: Path, beside: Path, kill_at: int | None = None) -> Callable[[],
             note(folder=str(path), names=_names(path))
         else:
             note(file=str(path), inode=path.stat().st_ino, size=path.stat().st_size)
+    note(begun=True)
     os.fsync, os.replace, os.unlink, os.mkdir = sync, rename, remove, make  # type: ignore[assignment]
     return lambda: count
 
@@ -113,6 +114,8 @@ def _names(folder: Path) -> list[str]:
 def lose(root: Path, beside: Path, draw: random.Random) -> int:
     """Take back what a power cut may take back; returns how many things were lost."""
     notes = [json.loads(line) for line in (beside / _JOURNAL).read_text().splitlines()]
+    if {"begun": True} not in notes:
+        return 0  # killed before it had done anything
     synced: dict[str, int] = {}
     sizes: dict[int, int] = {}
     names: dict[str, set[str]] = {}
