@@ -74,7 +74,7 @@ class Objects:
                 self._finish(digest)
             elif held:
                 with part.open("r+b") as file:
-                    file.truncate(max(0, held - PIECE_BYTES))
+                    file.truncate(trusted(held))
                 sync(part)
 
     def require_room(self, needed: int) -> None:
@@ -180,6 +180,11 @@ class Objects:
     def _part(self, digest: str) -> Path:
         path = self.path(digest)
         return path.with_name(path.name + _PART)
+
+
+def trusted(held: int) -> int:
+    """Of so many bytes of a part those behind which another piece was written, so synced."""
+    return (held - 1) // PIECE_BYTES * PIECE_BYTES
 
 
 def is_digest(text: str) -> bool:

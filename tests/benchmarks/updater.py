@@ -7,7 +7,8 @@ power cut the disk has lost a random part of what was not synced (tests/lab/powe
 every kill another process loads what serves, every tensor by its sha256.
 
     verified          kills after which a verified bundle served, and it was the old or the new one
-    resent_bytes_max  most that came twice, over the kills of an update, per kill
+    resent_bytes_max  most that came to the device and has to come again because of one kill: what
+                      had come into memory, and after a power cut the last piece on disk
 """
 
 import json
@@ -44,7 +45,7 @@ class Figures:
 
     def __init__(self) -> None:
         self.kills = self.verified = self.updates = self.lost = 0
-        self.resent_bytes_max = 0.0
+        self.resent_bytes_max = 0
         self.failures: list[str] = []
 
 
@@ -54,18 +55,19 @@ def update(
     """One version, until it serves."""
     before = made.serving_version()
     manifest = made.publish()
-    held = made.held(manifest)
-    received = hits = 0
+    held, hits = made.held(manifest), 0
     while figures.kills + hits < kills:
         cut = draw if power_cut else None
         if draw.random() < 0.5:
             life = live(made.site, kill_after=draw.uniform(0, whole.seconds), power_cut=cut)
         else:
             life = live(made.site, kill_at=draw.randint(1, whole.operations), power_cut=cut)
-        received += life.received
         if not life.killed:
             break
         hits += 1
+        before_kill, held = held, made.held(manifest)
+        twice = life.received - (held - before_kill)
+        figures.resent_bytes_max = max(figures.resent_bytes_max, twice)
         figures.lost += life.lost
         serves = made.serving_version()
         if serves in (before, manifest.counter):
@@ -73,14 +75,11 @@ def update(
         else:
             figures.failures.append(f"kill {figures.kills + hits}: {serves} serves, not {before}")
     else:
-        received += live(made.site).received
+        live(made.site)
     figures.kills += hits
     figures.updates += 1
     if made.serving_version() != manifest.counter:
         figures.failures.append(f"version {manifest.counter} does not serve in the end")
-    twice = received - (sum(manifest.objects.values()) - held)
-    if hits:
-        figures.resent_bytes_max = max(figures.resent_bytes_max, twice / hits)
 
 
 def main() -> None:

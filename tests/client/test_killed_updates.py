@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from common.objects import PIECE_BYTES
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = """
 import json, sys
@@ -33,4 +35,5 @@ def test_a_verified_bundle_serves_after_every_kill(tmp_path: Path, seed: int) ->
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["failures"] == []
     assert (figures["kills"], figures["verified"]) == (8, 8)
-    assert figures["resent_bytes_max"] <= 256 * 1024
+    # what was on its way into memory, and the last piece on disk
+    assert figures["resent_bytes_max"] <= 2 * PIECE_BYTES

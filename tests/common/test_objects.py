@@ -76,8 +76,8 @@ def test_a_killed_process_costs_one_piece(tmp_path: Path) -> None:
     objects.receive(name, 0, data[: 2 * PIECE_BYTES + 5], len(data))
     again = Objects(tmp_path)
     again.resume(wanted)
-    assert again.lacking(wanted) == {name: PIECE_BYTES + 5}
-    again.receive(name, PIECE_BYTES + 5, data[PIECE_BYTES + 5 :], len(data))
+    assert again.lacking(wanted) == {name: 2 * PIECE_BYTES}
+    again.receive(name, 2 * PIECE_BYTES, data[2 * PIECE_BYTES :], len(data))
     assert again.has(name)
 
 

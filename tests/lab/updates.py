@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from common import backbone
 from common.manifest import Manifest
+from common.objects import sha256_of, trusted
 from common.processes import wait_for_port
 from common.spec import ModelSpec
 from server.registry import STABLE, Registry
@@ -53,10 +54,14 @@ class Network:
         return None if bundle is None else bundle.about.manifest.counter
 
     def held(self, manifest: Manifest) -> int:
-        """Bytes of a version that the device has already."""
-        objects, wanted = self.site.serving().objects, manifest.objects
-        lacking = objects.lacking(wanted)
-        return sum(wanted.values()) - sum(wanted[one] - held for one, held in lacking.items())
+        """Bytes of a version that the device will not fetch again."""
+        objects, total = self.site.serving().objects, 0
+        for digest, size in manifest.objects.items():
+            held = objects.lacking({digest: size}).get(digest, size)
+            part = objects.path(digest).with_name(f"{digest}.part")
+            whole = objects.has(digest) or (held == size and sha256_of(part) == digest)
+            total += size if whole else trusted(max(1, held))
+        return total
 
 
 @contextmanager
