@@ -13,7 +13,6 @@ from common.errors import FieldfedError, LinkError
 log = logging.getLogger(__name__)
 
 NIGHT = (22, 5)
-LOOK_SECONDS = 6 * 3600.0
 RETRY_SECONDS = 600.0
 Hours = tuple[int, int]
 
@@ -31,10 +30,15 @@ def seconds_until(hours: Hours | None, now: datetime) -> float:
     inside = begin <= now.hour < end if begin < end else now.hour >= begin or now.hour < end
     if inside:
         return 0.0
-    opens = now.replace(hour=begin, minute=0, second=0, microsecond=0)
-    if opens <= now:
-        opens += timedelta(days=1)
-    return (opens - now).total_seconds()
+    return _seconds_to(begin, now)
+
+
+def _seconds_to(hour: int, now: datetime) -> float:
+    """How long it is until it is that hour again."""
+    then = now.replace(hour=hour, minute=0, second=0, microsecond=0)
+    if then <= now:
+        then += timedelta(days=1)
+    return (then - now).total_seconds()
 
 
 class Follower:
@@ -82,9 +86,9 @@ class Follower:
 
     def _wait(self) -> None:
         """Until there may be something new."""
-        if self._metered:
-            # past this window; the next one is waited for above
-            self._sleep(LOOK_SECONDS + self._random.uniform(0, 3600))
+        if self._metered and self._hours is not None:
+            # to the end of this window; the next one is waited for above
+            self._sleep(_seconds_to(self._hours[1], self._clock()))
             return
         try:
             begin = time.monotonic()
