@@ -17,6 +17,7 @@ from common.errors import StateError
 from common.files import write_atomically
 from common.settings import load_settings, validate
 from server.registry_cli import registry_app
+from server.rollout_cli import rollout_app
 
 app = typer.Typer(
     help="Coordinate farms: align a shared vision transformer, score its heads, prune it.",
@@ -28,6 +29,7 @@ app = typer.Typer(
 masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
 app.add_typer(masks, name="mask")
 app.add_typer(registry_app, name="registry")
+app.add_typer(rollout_app, name="rollout")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
 Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml and its state")]
 

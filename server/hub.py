@@ -108,7 +108,7 @@ class HubService(hub_pb2_grpc.HubServicer):
     async def Latest(  # noqa: N802, D102
         self, request: hub_pb2.ChannelRequest, context: Context
     ) -> hub_pb2.Offer:
-        offer = self._offers.of(request.channel)
+        offer = self._offers.of(request.channel, _farm(context))
         if offer is None:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, self._offers.unknown(request.channel))
         return offer.message
@@ -119,7 +119,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         seen = request.counter
         while True:
             changed = self._offers.changed()
-            offer = self._offers.of(request.channel)
+            offer = self._offers.of(request.channel, _farm(context))
             if offer is None:
                 await _refuse(
                     context, grpc.StatusCode.NOT_FOUND, self._offers.unknown(request.channel)

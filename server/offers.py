@@ -14,7 +14,8 @@ from common import hub_pb2
 from common.errors import FieldfedError
 from common.manifest import InstallReport
 from server.registry import Registry
-from server.versions import InstallRow
+from server.rollout import offered, step
+from server.versions import InstallRow, RolloutRow
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Offers:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._offers: dict[str, Offer] = {}
+        self._coming: dict[str, tuple[RolloutRow, Offer]] = {}
+        self._state: object = None
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "registry")
         self._registry: Registry | None = None
@@ -61,8 +64,11 @@ class Offers:
             await loop.run_in_executor(offers._thread, offers._close)
             offers._thread.shutdown()
 
-    def of(self, channel: str) -> Offer | None:
-        """What a channel names now."""
+    def of(self, channel: str, farm: str) -> Offer | None:
+        """What a channel names now for a farm."""
+        coming = self._coming.get(channel)
+        if coming is not None and offered(coming[0], farm):
+            return coming[1]
         return self._offers.get(channel)
 
     def unknown(self, channel: str) -> str:
@@ -92,39 +98,41 @@ class Offers:
     async def _look(self) -> None:
         found = await asyncio.get_running_loop().run_in_executor(self._thread, self._read)
         if found is not None:
-            self._offers = found
+            self._offers, self._coming = found
             self._changed.set()
             self._changed = asyncio.Event()
 
     # --- in the thread of the registry -------------------------------------------------------
 
-    def _read(self) -> dict[str, Offer] | None:
-        """All offers, or None where nothing has changed."""
+    def _read(self) -> "tuple[dict[str, Offer], dict[str, tuple[RolloutRow, Offer]]] | None":
+        """What channels name, and what is on its way to them; None where nothing has changed."""
         if self._registry is None:
             self._registry = Registry.open(self._state_dir)
         if time.monotonic() - self._renewed >= RENEW_SECONDS:
             for row in self._registry.renew():
                 log.info("channel %s is signed again", row.name)
             self._renewed = time.monotonic()
-        rows = self._registry.rows.channels()
-        if {row.name: row.counter for row in rows} == {
-            name: offer.counter for name, offer in self._offers.items()
-        }:
+        step(self._registry)
+        rows, rollouts = self._registry.rows.channels(), self._registry.rows.rollouts()
+        state = [(row.name, row.counter) for row in rows], rollouts
+        if state == self._state:
             return None
         self._registry.close()
         self._registry = Registry.open(self._state_dir)  # the keys may be others now
-        keys = self._registry.keys.text
-        return {
-            row.name: Offer(
-                row.counter,
-                hub_pb2.Offer(
-                    keys=keys,
-                    channel=row.document,
-                    manifest=self._registry.row(row.version).document,
-                ),
-            )
-            for row in self._registry.rows.channels()
+        self._state = state
+        named = {row.name: self._offer(row.counter, row.document, row.version) for row in rows}
+        coming = {
+            row.channel: (row, self._offer(row.counter, row.document, row.version))
+            for row in rollouts
+            if row.going
         }
+        return named, coming
+
+    def _offer(self, counter: int, document: str, version: int) -> Offer:
+        assert self._registry is not None
+        manifest = self._registry.row(version).document
+        message = hub_pb2.Offer(keys=self._registry.keys.text, channel=document, manifest=manifest)
+        return Offer(counter, message)
 
     def _record(self, farm: str, report: InstallReport) -> None:
         assert self._registry is not None

@@ -131,27 +131,34 @@ class Registry:
 
     def promote(self, channel: str, counter: int, why: str = "promoted") -> ChannelRow:
         """Let a channel name a version; raises ConfigError where there is none."""
-        row = self.row(counter)
-        now = datetime.now(UTC)
-        expires = now + timedelta(days=CHANNEL_DAYS)
+        going = self._versions.rollout(channel)
+        beyond = going.counter if going is not None else 0
 
         def make(last: int) -> ChannelRow:
-            # time as well as a counter: a registry out of a backup is not behind its devices
-            number = max(last + 1, int(now.timestamp()))
-            named = Channel(
-                network=self.network,
-                name=channel,
-                counter=number,
-                version=counter,
-                manifest=row.digest,
-                issued=now,
-                expires=expires,
-            )
-            document = self.keys.sign("channel", named)
-            when = now.timestamp(), expires.timestamp()
-            return ChannelRow(channel, number, counter, document, *when, why)
+            document, named = self._sign(channel, counter, max(last, beyond))
+            when = named.issued.timestamp(), named.expires.timestamp()
+            return ChannelRow(channel, named.counter, counter, document, *when, why)
 
         return self._versions.name(channel, make)
+
+    def document(self, channel: str, counter: int, last: int) -> tuple[str, int]:
+        """A signed state of a channel after number ``last``, and its number; nothing is named."""
+        document, named = self._sign(channel, counter, last)
+        return document, named.counter
+
+    def _sign(self, channel: str, counter: int, last: int) -> tuple[str, Channel]:
+        now = datetime.now(UTC)
+        named = Channel(
+            network=self.network,
+            name=channel,
+            # time as well as a counter: a registry out of a backup is not behind its devices
+            counter=max(last + 1, int(now.timestamp())),
+            version=counter,
+            manifest=self.row(counter).digest,
+            issued=now,
+            expires=now + timedelta(days=CHANNEL_DAYS),
+        )
+        return self.keys.sign("channel", named), named
 
     def named(self, channel: str) -> ChannelRow:
         """What a channel names now; raises ConfigError where there is no such channel."""
@@ -199,6 +206,19 @@ class Registry:
         for channel in self._versions.channels():
             self.promote(channel.name, channel.version, why="keys exchanged")
 
+    def require_settled(self, channel: str) -> None:
+        """Refuse to change a channel by hand while a version is on its way to it.
+
+        Raises:
+            ConfigError: one is.
+        """
+        going = self._versions.rollout(channel)
+        if going is not None and going.going:
+            raise ConfigError(
+                f"version {going.version} is on its way to channel '{channel}'; see 'rollout "
+                "status', and 'rollout abort' first"
+            )
+
     # --- upkeep ------------------------------------------------------------------------------
 
     def collect(self, keep: int = KEPT) -> Collected:
@@ -212,6 +232,8 @@ class Registry:
             needed = {row.counter for row in rows[-keep:]}
             for channel in self._versions.channels():
                 needed |= {channel.version, self.earlier(channel.name) or channel.version}
+            for rollout in self._versions.rollouts():
+                needed |= {rollout.version, rollout.previous} if rollout.going else set()
             self._versions.remove(
                 [row.counter for row in rows if row.counter not in needed],
                 datetime.now(UTC).timestamp(),

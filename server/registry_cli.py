@@ -128,6 +128,7 @@ def rollback(
     from server.registry import Registry
 
     with Registry.open(folder) as registry:
+        registry.require_settled(channel)
         row = registry.roll_back(channel, to)
     print(f"channel {channel} names version {row.version} again: {row.why}")
 
@@ -188,5 +189,6 @@ def exchange_keys(folder: Folder) -> None:
 
 
 def _promote(registry: "Registry", channel: str, version: int) -> None:
+    registry.require_settled(channel)
     row = registry.promote(channel, version)
     print(f"channel {channel} names version {row.version}")

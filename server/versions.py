@@ -2,8 +2,8 @@
 
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from common.errors import ConfigError
 from server.database import Database
@@ -42,6 +42,22 @@ _FIRST: Migration = (
     "CREATE INDEX installs_by_version ON installs (version, device)",
 )
 
+
+# A version on its way to a channel, one at a time.
+_SECOND: Migration = (
+    """CREATE TABLE rollouts (
+        channel TEXT PRIMARY KEY,
+        version INTEGER NOT NULL REFERENCES versions,
+        previous INTEGER NOT NULL REFERENCES versions,
+        counter INTEGER NOT NULL,
+        document TEXT NOT NULL,
+        plan TEXT NOT NULL,
+        stage INTEGER NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('running', 'paused', 'done', 'aborted')),
+        since REAL NOT NULL,
+        detail TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+)
 
 _NAMED = (
     "SELECT * FROM channels AS one WHERE counter = "
@@ -93,10 +109,35 @@ class InstallRow:
     received: float
 
 
+@dataclass(frozen=True)
+class RolloutRow:
+    """A version on its way to a channel: its document, the stage it is in since when, and why."""
+
+    channel: str
+    version: int
+    previous: int
+    counter: int
+    document: str
+    plan: str
+    stage: int
+    state: Literal["running", "paused", "done", "aborted"]
+    since: float
+    detail: str
+
+    @property
+    def going(self) -> bool:
+        """Whether it is under way."""
+        return self.state in ("running", "paused")
+
+    def changed(self, **changes: Any) -> "RolloutRow":
+        """The same with other values."""
+        return replace(self, **changes)
+
+
 class Versions(Database):
     """The tables of the registry."""
 
-    migrations: ClassVar = (_FIRST,)
+    migrations: ClassVar = (_FIRST, _SECOND)
 
     def add(self, make: Callable[[int], VersionRow]) -> VersionRow:
         """Add the version that ``make`` makes for the next counter."""
@@ -161,6 +202,23 @@ class Versions(Database):
     def channels(self) -> list[ChannelRow]:
         """What every channel names now, by name."""
         return self._all(ChannelRow, f"{_NAMED} ORDER BY name")
+
+    def rollouts(self) -> list[RolloutRow]:
+        """The last rollout of every channel."""
+        return self._all(RolloutRow, "SELECT * FROM rollouts ORDER BY channel")
+
+    def rollout(self, channel: str) -> RolloutRow | None:
+        """The last rollout of a channel."""
+        return next((row for row in self.rollouts() if row.channel == channel), None)
+
+    def put_rollout(self, row: RolloutRow) -> None:
+        """Keep a rollout in the place of the channel's last one."""
+        names = list(RolloutRow.__dataclass_fields__)
+        self._change(
+            "INSERT OR REPLACE INTO rollouts (channel, version, previous, counter, document, plan, "
+            "stage, state, since, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(getattr(row, name) for name in names),
+        )
 
     def record_install(self, row: InstallRow) -> None:
         """Keep what a device reported."""

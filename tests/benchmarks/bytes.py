@@ -48,12 +48,12 @@ EXTRA = {
 BASELINES = {"probe": "frozen probe", "local": "local only"}
 
 
-def accuracy_cell(setting: str, seed: int, rounds: int, baselines: bool) -> Cell:
+def accuracy_cell(
+    setting: str, seed: int, rounds: int, baselines: bool, local_rounds: int = 0
+) -> Cell:
     """One run, the frozen probe and training alone beside it where asked for."""
-    local_rounds = rounds if baselines else 0
-    judged = plants.play(
-        SETTINGS[setting], rounds, seed, probe=baselines, local_rounds=local_rounds
-    )
+    alone = rounds if baselines else local_rounds
+    judged = plants.play(SETTINGS[setting], rounds, seed, probe=baselines, local_rounds=alone)
     accuracy = {
         label: {farm: float(correct.mean()) for farm, correct in farms.items()}
         for label, farms in judged.reports.items()
@@ -65,6 +65,14 @@ def accuracy_cell(setting: str, seed: int, rounds: int, baselines: bool) -> Cell
         "farms": accuracy,
         "correct": judged.packed(),
     }
+
+
+def alone_cell() -> Cell:
+    """Training alone for as many rounds as a season has; what the run shares does not count."""
+    cell = accuracy_cell(DEFAULT, SEEDS[0], 1, baselines=False, local_rounds=SEASON)
+    for part in ("farms", "correct"):
+        del cell[part]["model"]
+    return cell | {"rounds": SEASON}
 
 
 def wire_cell(setting: str) -> Cell:
@@ -153,8 +161,9 @@ def main() -> None:
                 work = partial(accuracy_cell, setting, seed, ROUNDS, setting == WITH_BASELINES)
                 learned.append(cells.run(f"{setting}, seed {seed}", work))
         for setting in (DEFAULT, FEDAVG):
-            work = partial(accuracy_cell, setting, SEEDS[0], SEASON, setting == DEFAULT)
+            work = partial(accuracy_cell, setting, SEEDS[0], SEASON, False)
             learned.append(cells.run(f"{setting}, seed {SEEDS[0]}, {SEASON} rounds", work))
+        learned.append(cells.run(f"alone, seed {SEEDS[0]}, {SEASON} rounds", alone_cell))
     if only is not None or None in (*wired, *learned):
         unfinished("bench-bytes")
     figures = result([one for one in learned if one], [one for one in wired if one])

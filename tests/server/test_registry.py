@@ -12,7 +12,7 @@ from common.assembly import assemble, require_buildable
 from common.errors import ConfigError, DiskError, RefusalError, RefuseReason, StateError
 from common.files import only_one
 from common.manifest import Channel, Manifest, read_channel, read_manifest
-from common.signing import KeySet, read
+from common.signing import KeySet, parsed, read
 from server import publish as publishing
 from server import registry as module
 from server.difference import difference
@@ -243,6 +243,47 @@ def test_what_a_device_says_of_a_manifest(tmp_path: Path) -> None:
         manifest.require(NETWORK, NOW + timedelta(days=1000))
     with pytest.raises(RefusalError, match="belongs to network 'valley'"):
         manifest.require("hill", NOW)
+
+
+def test_a_manifest_with_a_field_that_nobody_knows(tmp_path: Path) -> None:
+    class Wider(Manifest):
+        run_this: str = "rm"
+
+    registry = two_versions(tmp_path)
+    wider = Wider(**seen(registry, 1).model_dump())
+    document = registry.keys.sign("manifest", wider)
+    with pytest.raises(RefusalError, match="run_this: Extra inputs are not permitted") as caught:
+        read_manifest(document, registry.keys.keys, NOW)
+    assert caught.value.reason is RefuseReason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"counter": 0}, "counter"),
+        ({"tensors": []}, "tensors"),
+        ({"macs": "many"}, "macs"),
+        ({"expires": "2020-01-01T00:00:00Z"}, "it expires before it was made"),
+        ({"network": "a/b"}, "network"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    values = json.loads(seen(two_versions(tmp_path), 1).model_dump_json()) | changes
+    with pytest.raises(RefusalError, match=words):
+        parsed(Manifest, json.dumps(values), "manifest")
+
+
+def test_a_tensor_that_is_named_twice(tmp_path: Path) -> None:
+    values = json.loads(seen(two_versions(tmp_path), 1).model_dump_json())
+    values["tensors"].append(values["tensors"][0])
+    with pytest.raises(RefusalError, match="is named 2 times"):
+        parsed(Manifest, json.dumps(values), "manifest")
+    values["tensors"][-1]["name"] = "other"
+    values["tensors"][-1]["shape"] = [1]
+    with pytest.raises(RefusalError, match="has two lengths"):
+        parsed(Manifest, json.dumps(values), "manifest")
 
 
 # --- what cannot be built --------------------------------------------------------------------
