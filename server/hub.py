@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from common import hub_pb2, hub_pb2_grpc, logs
 from common.compress import compressed_piece
 from common.config import HubConfig, ServerConfig
-from common.errors import ConfigError, FieldfedError
+from common.errors import ConfigError, FieldfedError, LaunchError
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.settings import load_settings
@@ -247,7 +247,13 @@ async def serve_hub(
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        server.add_secure_port(f"{config.host}:{config.port}", _credentials(files))
+        try:
+            server.add_secure_port(f"{config.host}:{config.port}", _credentials(files))
+        except RuntimeError as error:
+            raise LaunchError(
+                f"the hub cannot listen on {config.host}:{config.port}: stop what does, or choose "
+                "another port in [hub]"
+            ) from error
         await server.start()
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -1,5 +1,6 @@
 """The hub and a device's side of it, over real connections with mutual TLS."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -20,12 +21,12 @@ from client.hub import HubClient
 from common import hub_pb2, hub_pb2_grpc
 from common.assembly import assemble
 from common.backbone import digest
-from common.errors import LinkError, RefusalError, RefuseReason
+from common.errors import LaunchError, LinkError, RefusalError, RefuseReason
 from common.manifest import InstallReport, Manifest, read_channel, read_manifest
 from common.objects import Objects
 from common.signing import KeySet, first_keys
 from server import hub as module
-from server.hub import CHUNK_BYTES
+from server.hub import CHUNK_BYTES, serve_hub
 from server.registry import STABLE, Registry
 from tests.lab.hub import LabHub
 from tests.lab.versions import add_version, learnt, model_of, pruned, random_object, registry_in
@@ -386,6 +387,15 @@ def test_who_has_no_certificate_of_the_network_hears_nothing(hub: LabHub, tmp_pa
         pytest.raises(grpc.RpcError),
     ):
         stub_on(opened).Latest(hub_pb2.ChannelRequest(channel=STABLE), timeout=20)
+
+
+def test_a_port_that_is_taken(registry: Registry, tmp_path: Path) -> None:
+    with LabHub(tmp_path / "server").running() as hub:
+        again = serve_hub(
+            hub.config, hub.folder, hub.authority.server_credentials(), asyncio.Event()
+        )
+        with pytest.raises(LaunchError, match=r"choose another port in \[hub\]"):
+            asyncio.run(again)
 
 
 # --- what a stock client sees ----------------------------------------------------------------

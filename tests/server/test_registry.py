@@ -277,7 +277,7 @@ def test_a_manifest_that_makes_no_sense(
 
 def test_a_tensor_that_is_named_twice(tmp_path: Path) -> None:
     values = json.loads(seen(two_versions(tmp_path), 1).model_dump_json())
-    values["tensors"].append(values["tensors"][0])
+    values["tensors"].append(dict(values["tensors"][0]))
     with pytest.raises(RefusalError, match="is named 2 times"):
         parsed(Manifest, json.dumps(values), "manifest")
     values["tensors"][-1]["name"] = "other"
