@@ -37,7 +37,7 @@ from server.identity import Authority, ServerFiles
 from server.offers import Offers
 from server.registry import Registry
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("server.hub")  # also where this module is the program
 
 CHUNK_BYTES = PIECE_BYTES
 STALL_SECONDS = 60.0

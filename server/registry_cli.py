@@ -102,7 +102,9 @@ def publish(
 
     with opened_run(folder, run_number) as (store, run), Registry.open(folder) as registry:
         row = publish_run(registry, store, Models(folder), run)
-        print(f"run {run.run} is version {row.counter}")
+        own = registry.manifest(row.counter).run == run.run
+        words = "is" if own else "ended with the backbone of"
+        print(f"run {run.run} {words} version {row.counter}")
         if channel is not None:
             _promote(registry, channel, row.counter)
 

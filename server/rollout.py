@@ -4,10 +4,10 @@
     stage    those whose sha256(version, farm) falls into the stage's share, and the canaries
 
 While a rollout goes on the channel has two states: the new one, with the higher counter, is shown
-to farms of the stage, the other to everybody else. A stage is over when what devices reported says
-so, or, with at least one report, when it has lasted its hours:
+to farms of the stage, the other to everybody else. A stage is over when enough devices have
+reported since it began, or when it has lasted its hours and anybody has ever reported:
 
-    committed / reports              at least ``min_success``
+    committed / reports                 at least ``min_success``
     (refused + rolled back) / reports   at most ``max_errors``
 
 One that breaks a threshold ends the rollout: the channel names the version of before, for all.
@@ -43,7 +43,7 @@ class RolloutPlan(BaseModel):
     stages: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.5, 1.0)
     min_success: Ratio = Field(default=0.5, description="share of reports that say committed")
     max_errors: Ratio = Field(default=0.1, description="share that say refused or rolled back")
-    min_reports: int = Field(default=1, ge=1, description="devices that must have reported")
+    min_reports: int = Field(default=1, ge=1, description="new ones that end a stage")
     stage_hours: float = Field(default=24.0, gt=0, description="after which fewer will do")
 
     @model_validator(mode="after")
@@ -109,7 +109,8 @@ def step(registry: Registry) -> list[RolloutRow]:
 def _moved(registry: Registry, row: RolloutRow) -> RolloutRow | None:
     plan = RolloutPlan.model_validate_json(row.plan)
     reports = newest(registry.rows.installs(row.version))
-    verdict, why = judge(plan, reports, _now() - row.since)
+    fresh = sum(one.received >= row.since for one in reports)
+    verdict, why = judge(plan, reports, fresh, _now() - row.since)
     if verdict == "wait":
         return None
     if verdict == "bad":
@@ -127,13 +128,22 @@ def _moved(registry: Registry, row: RolloutRow) -> RolloutRow | None:
 Verdict = Literal["good", "bad", "wait"]
 
 
-def judge(plan: RolloutPlan, reports: Sequence[InstallRow], seconds: float) -> tuple[Verdict, str]:
-    """Whether a stage is over, from the newest report of every device."""
+def judge(
+    plan: RolloutPlan, reports: Sequence[InstallRow], fresh: int, seconds: float
+) -> tuple[Verdict, str]:
+    """Whether a stage is over.
+
+    Args:
+        plan: of the rollout.
+        reports: the newest of every device.
+        fresh: how many of them came since the stage began.
+        seconds: since then.
+    """
     count = len(reports)
     taken = sum(row.outcome == "committed" for row in reports)
     errors = sum(row.outcome in _ERRORS for row in reports)
     why = f"{taken} of {count} devices took it, {errors} errors"
-    enough = count >= max(plan.min_reports, len(plan.canary))
+    enough = fresh >= plan.min_reports and count >= len(plan.canary)
     if not enough and not (count and seconds >= 3600 * plan.stage_hours):
         return "wait", why
     if taken < plan.min_success * count or errors > plan.max_errors * count:

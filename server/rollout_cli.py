@@ -59,15 +59,16 @@ def status(folder: Folder) -> None:
         rows = registry.rows.rollouts()
         for row in rows:
             plan = rollout.RolloutPlan.model_validate_json(row.plan)
-            share = plan.shares[row.stage]
-            stage = "canaries" if share == 0 else f"{share:.0%} of the farms"
-            _, reports = rollout.judge(
-                plan, rollout.newest(registry.rows.installs(row.version)), 0.0
-            )
+            stage, said = "", row.detail
+            if row.going:
+                share = plan.shares[row.stage]
+                stage = ", canaries" if share == 0 else f", {share:.0%} of the farms"
+                reports = rollout.newest(registry.rows.installs(row.version))
+                said = f"{rollout.judge(plan, reports, 0, 0.0)[1]}; {row.detail}"
             since = datetime.fromtimestamp(row.since, UTC)
             print(
-                f"channel {row.channel}: version {row.version} after {row.previous}, {row.state}, "
-                f"{stage} since {since:%Y-%m-%d %H:%M} UTC; {reports}; {row.detail}"
+                f"channel {row.channel}: version {row.version} after {row.previous}, {row.state}"
+                f"{stage} since {since:%Y-%m-%d %H:%M} UTC; {said}"
             )
     if not rows:
         print("nothing was rolled out yet")

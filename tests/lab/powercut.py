@@ -125,18 +125,20 @@ def lose(root: Path, beside: Path, draw: random.Random) -> int:
             names[note["folder"]] = set(note["names"])
         elif "file" in note:
             sizes[note["inode"]] = note["size"]
-    lost = 0
+    lost, happened = 0, set()
     for number, note in reversed(list(enumerate(notes))):
         target = note.get("new") or note.get("gone") or note.get("made")
         if target is None or number < synced.get(str(Path(target).parent), -1):
             continue
         if draw.random() < 0.5:
+            happened.add(target)  # a file is never lost under its old name and its new one
             continue
         lost += _take_back(note, Path(target), beside)
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         known = names.get(str(folder), set())
         for path in folder.iterdir():
-            if path.is_file() and path.name not in known and draw.random() < 0.5:
+            new = path.name not in known and str(path) not in happened
+            if new and path.is_file() and draw.random() < 0.5:
                 path.unlink()
                 lost += 1
     for path in root.rglob("*"):

@@ -60,9 +60,11 @@ def test_it_goes_to_canaries_a_tenth_a_half_and_all(registry: Registry) -> None:
     report(registry, "farm7")
     assert rollout.step(registry) == []  # the other has not said anything
     report(registry, "farm8")
-    for share in (0.1, 0.5):
+    for number, share in enumerate((0.1, 0.5)):
         (moved,) = rollout.step(registry)
-        assert "2 of 2 devices took it" in moved.detail
+        assert f"{2 + number} of {2 + number} devices took it" in moved.detail
+        assert rollout.step(registry) == []  # nobody new has said anything
+        report(registry, f"farm{100 + number}")
         assert shown(registry) == pytest.approx(share, abs=0.06)
         assert offered(now(registry), "farm7")
     assert registry.named(STABLE).version == 1
@@ -108,7 +110,9 @@ def test_thresholds(outcomes: list[str], hours: float, verdict: str) -> None:
         InstallRow(f"farm{number}", "pi", 2, outcome, "", None, None, 0.0)
         for number, outcome in enumerate(outcomes)
     ]
-    assert judge(plan_of(min_reports=10), rows, 3600 * hours)[0] == verdict
+    assert judge(plan_of(min_reports=10), rows, len(rows), 3600 * hours)[0] == verdict
+    stale = "wait" if hours < 24 else verdict
+    assert judge(plan_of(min_reports=10), rows, 0, 3600 * hours)[0] == stale
 
 
 def test_the_last_word_of_a_device_counts() -> None:
