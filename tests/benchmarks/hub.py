@@ -115,7 +115,7 @@ def many_devices() -> Cell:
         return {
             "clients": len(seconds),
             "slowest_over_median": max(seconds) / statistics.median(seconds),
-            "seconds": [round(one, 2) for one in sorted(seconds)],
+            "seconds_by_client": [round(one, 2) for one in sorted(seconds)],
             "together_bytes_per_second": CLIENTS * MANY_BYTES / whole,
             "rss_idle_bytes": idle,
             "rss_growth_bytes": peak[0] - idle,
@@ -158,7 +158,7 @@ def main() -> None:
     figures: Cell = {}
     for row in rows:
         figures |= {key: value for key, value in row.items() if key != "cell"}
-    print(json.dumps({key: value for key, value in figures.items() if key != "seconds"}))
+    print(json.dumps({key: value for key, value in figures.items() if "seconds" not in key}))
     print(f"figures: {cells.finish(figures, [0], 'make bench-hub')}")
 
 
