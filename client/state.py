@@ -1,6 +1,6 @@
 """What a farm keeps on its own disk; nothing in here ever leaves it, except cached replies.
 
-    backbones/DIGEST.safetensors     the newest training bases, oldest thrown away
+    backbones/DIGEST.safetensors     the newest training bases and the one before the last cut
     classifiers/DIGEST.safetensors   this farm's classifier for that backbone
     replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again, and
                                      what coding its update lost (client/residual.py)
@@ -81,11 +81,18 @@ class FarmState:
         return model, spec
 
     def save_backbone(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
-        """Keep a backbone and throw the oldest away."""
+        """Keep a backbone and throw the oldest away, but for the one before the last cut.
+
+        The server may undo a cut some rounds later: then that one is the base again, and nobody
+        wants it to come over the link a second time.
+        """
         backbone.save_backbone(self._backbone_path(digest), model, spec)
-        for path in _newest_first(self.folder / "backbones")[BACKBONES_KEPT:]:
-            path.unlink(missing_ok=True)
-            self._classifier_path(path.stem).unlink(missing_ok=True)
+        paths = _newest_first(self.folder / "backbones")
+        uncut = next((path for path in paths if _spec_of(path) not in (spec, None)), None)
+        for path in paths[BACKBONES_KEPT:]:
+            if path != uncut:
+                path.unlink(missing_ok=True)
+                self._classifier_path(path.stem).unlink(missing_ok=True)
 
     def _backbone_path(self, digest: str) -> Path:
         return self.folder / "backbones" / f"{digest}.safetensors"
@@ -226,6 +233,13 @@ class FarmState:
 
 
 _NOTHING = {"nothing": np.zeros(1, np.uint8)}
+
+
+def _spec_of(path: Path) -> ModelSpec | None:
+    try:
+        return backbone.read_spec(path)
+    except ModelError:
+        return None
 
 
 def _newest_first(folder: Path) -> list[Path]:
