@@ -21,7 +21,7 @@ print(json.dumps(kill(Path(sys.argv[1]), 8, int(sys.argv[2]), power_cut=sys.argv
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.system), 1])
 def test_a_verified_bundle_serves_after_every_kill(tmp_path: Path, seed: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), str(seed)],

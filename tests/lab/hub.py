@@ -10,11 +10,14 @@ from client.hub import HubClient
 from client.identity import ClientFiles, FarmIdentity
 from common.config import HubConfig
 from common.processes import free_port
+from server import offers
 from server.hub import serve_hub
 from server.identity import Authority
 from tests.lab.versions import NETWORK
 
 START_SECONDS = 20.0
+LOOK_SECONDS = 0.1
+"""Tests have no time to wait a second for the hub to look into its registry."""
 
 
 class LabHub:
@@ -41,6 +44,7 @@ class LabHub:
     @contextmanager
     def running(self) -> Iterator["LabHub"]:
         """Serve while the context is open."""
+        offers.LOOK_SECONDS = LOOK_SECONDS
         loop, ready = asyncio.new_event_loop(), threading.Event()
         until, failed = asyncio.Event(), []
 

@@ -18,7 +18,7 @@ from common.processes import wait_for_port
 from common.spec import ModelSpec
 from server.registry import STABLE, Registry
 from tests.lab.device import Site
-from tests.lab.hub import LabHub
+from tests.lab.hub import LOOK_SECONDS, LabHub
 from tests.lab.network import SIDE, draw_folder
 from tests.lab.versions import add_version, registry_in
 
@@ -45,7 +45,7 @@ class Network:
             parameter.add_(noise * 1e-6 * parameter.abs().mean())
         counter = add_version(self.registry, self.model, self.spec).counter
         self.registry.promote(STABLE, counter)
-        time.sleep(2.5)  # the hub looks every second
+        time.sleep(10 * LOOK_SECONDS)
         return self.registry.manifest(counter)
 
     def serving_version(self) -> int | None:
