@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -P -m pytest -m "not system"
 
-# What takes longer: farms that sleep and wake, a rural link, a server under 4 GB of replies.
+# What takes longer: farms that sleep, bad and rural links, versions on real photographs, 4 GB of replies.
 system: $(STAMP)
 	$(BIN)/python -P -m pytest -m system
 

@@ -12,7 +12,7 @@ from tests.system.proxy import Exchange, Fate
 from tests.system.site import FARMS, Site, call, open_site, words
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.system]
 
 SETTINGS = {"rounds": {"attempt_seconds": 6, "attempts": 30, "deadline_seconds": 240}}
 
