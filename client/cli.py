@@ -11,7 +11,7 @@ from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
 from common.errors import RefusalError
-from common.files import only_one
+from common.files import only_one, write_atomically
 from common.settings import load_settings, validate
 
 if TYPE_CHECKING:
@@ -122,8 +122,6 @@ def request(
     folder: Folder, out: Annotated[Path, typer.Option(help="file for the server's operator")]
 ) -> None:
     """Ask to join a network: a request for a certificate. The key stays here."""
-    from common.files import write_atomically
-
     write_atomically(out, _device(folder).identity.request())
     print(f"give {out} to the server's operator, who runs: fieldfed-server certify")
 

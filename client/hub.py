@@ -124,7 +124,6 @@ class HubClient:
         objects: Objects,
         *,
         compress: bool = False,
-        tell: Callable[[int], None] = lambda _held: None,
     ) -> Fetched:
         """Bring every one of these objects (length by digest) that is not here yet.
 
@@ -132,7 +131,6 @@ class HubClient:
             wanted: as a manifest has it.
             objects: where they are kept, as far as they have come.
             compress: for links on which bytes are dear.
-            tell: called with the bytes that have come so far.
 
         Raises:
             RefusalError: TOO_LARGE: the disk has no room; DAMAGED: the hub hands over other bytes
@@ -152,7 +150,6 @@ class HubClient:
                     data = _bytes(chunk, wanted)
                     objects.receive(chunk.digest, chunk.offset, data, wanted[chunk.digest])
                     came += len(data)
-                    tell(came)
                 fault = RefusalError("the hub ended before all had come", RefuseReason.DAMAGED)
             except grpc.RpcError as error:
                 if error.code() not in PASSING:

@@ -93,10 +93,11 @@ class Updater:
             digest, manifest = self._trust.accept(
                 offer.keys, offer.channel, offer.manifest, self.channel, self._clock()
             )
-            known = self._known(digest, manifest)
+            bundle = self._serving.current()  # not what is named only: it may be damaged
+            known = self._known(bundle, digest, manifest)
             if known is not None:
                 return known
-            done = self._install(hub, digest, manifest, compress)
+            done = self._install(hub, bundle, digest, manifest, compress)
         except RefusalError as error:
             version = 0 if manifest is None else manifest.counter
             done = Done("refused", version, f"{error.reason}: {error}")
@@ -106,9 +107,8 @@ class Updater:
         self._report(hub, done)
         return done
 
-    def _known(self, digest: str, manifest: Manifest) -> Done | None:
+    def _known(self, bundle: Bundle | None, digest: str, manifest: Manifest) -> Done | None:
         """What to say of a version that this device has decided on already."""
-        bundle = self._serving.current()  # not what is named only: it may be damaged
         if bundle is not None and bundle.about.digest == digest:
             return Done(None, manifest.counter, f"version {manifest.counter} is in use")
         reason = self._serving.rejected(digest)
@@ -116,10 +116,16 @@ class Updater:
             return Done(None, manifest.counter, f"version {manifest.counter} stays out: {reason}")
         return None
 
-    def _install(self, hub: HubClient, digest: str, manifest: Manifest, compress: bool) -> Done:
+    def _install(
+        self,
+        hub: HubClient,
+        before: Bundle | None,
+        digest: str,
+        manifest: Manifest,
+        compress: bool,
+    ) -> Done:
         require_buildable(manifest)
         require_memory(manifest)
-        before = self._serving.current()
         fetched = hub.fetch(manifest.objects, self._serving.objects, compress=compress)
         folder = self._folder()
         model = assemble(manifest, self._serving.objects)

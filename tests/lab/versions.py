@@ -60,6 +60,15 @@ def registry_in(folder: Path) -> Registry:
     return Registry.create(folder, NETWORK)
 
 
+def two_versions(folder: Path) -> Registry:
+    """A new registry with a version and its child, which learnt a round more."""
+    registry = registry_in(folder)
+    model, spec = model_of()
+    add_version(registry, model, spec)
+    add_version(registry, learnt(model, 1), spec, 0.95)
+    return registry
+
+
 def random_object(size: int, seed: int = 0) -> bytes:
     """Bytes that do not compress."""
     return np.random.default_rng(seed).bytes(size)

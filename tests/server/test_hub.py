@@ -29,7 +29,7 @@ from server import hub as module
 from server.hub import CHUNK_BYTES, serve_hub
 from server.registry import STABLE, Registry
 from tests.lab.hub import LabHub
-from tests.lab.versions import add_version, learnt, model_of, pruned, random_object, registry_in
+from tests.lab.versions import add_version, model_of, pruned, random_object, two_versions
 
 ROOT = Path(__file__).parent.parent.parent
 NOW = datetime.now(UTC)
@@ -37,10 +37,7 @@ NOW = datetime.now(UTC)
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    with registry_in(tmp_path / "server") as opened:
-        model, spec = model_of()
-        add_version(opened, model, spec)
-        add_version(opened, learnt(model, 1), spec)
+    with two_versions(tmp_path / "server") as opened:
         opened.promote(STABLE, 1)
         yield opened
 

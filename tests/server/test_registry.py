@@ -19,17 +19,17 @@ from server.difference import difference
 from server.keys import SigningKeys
 from server.publish import export, load
 from server.registry import STABLE, Registry
-from tests.lab.versions import NETWORK, add_version, learnt, model_of, pruned, registry_in
+from tests.lab.versions import (
+    NETWORK,
+    add_version,
+    learnt,
+    model_of,
+    pruned,
+    registry_in,
+    two_versions,
+)
 
 NOW = datetime.now(UTC)
-
-
-def two_versions(folder: Path) -> Registry:
-    registry = registry_in(folder)
-    model, spec = model_of()
-    add_version(registry, model, spec)
-    add_version(registry, learnt(model, 1), spec, 0.95)
-    return registry
 
 
 def seen(registry: Registry, counter: int) -> Manifest:

@@ -16,7 +16,7 @@ from server.registry import STABLE, Registry
 from server.rollout import RolloutPlan, judge, newest, offered, share_of
 from server.versions import InstallRow, RolloutRow
 from tests.lab.hub import LabHub
-from tests.lab.versions import add_version, learnt, model_of, registry_in
+from tests.lab.versions import two_versions
 from tests.waiting import wait_until
 
 FARMS = [f"farm{number}" for number in range(400)]
@@ -24,10 +24,7 @@ FARMS = [f"farm{number}" for number in range(400)]
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    with registry_in(tmp_path / "server") as opened:
-        model, spec = model_of()
-        add_version(opened, model, spec)
-        add_version(opened, learnt(model, 1), spec)
+    with two_versions(tmp_path / "server") as opened:
         opened.promote(STABLE, 1)
         yield opened
 
