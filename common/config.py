@@ -36,13 +36,13 @@ class TrainConfig(Section):
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
     update_bits: Literal[2, 4, 8, 32] = Field(
-        default=4, description="bits per number of a farm's update; the step back has at least 8"
+        default=4, description="bits per number of a farm's update, and of the step back"
     )
     top: float = Field(
         default=1.0, gt=0, le=1, description="share of an update's numbers sent, the largest"
     )
     error_feedback: bool = Field(
-        default=True, description="what coding loses is added to the farm's next update"
+        default=True, description="what coding loses is part of the next update, or step"
     )
 
     @property

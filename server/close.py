@@ -21,12 +21,13 @@ from common.mask import Mask
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
 from common.step import Cut, Step
-from common.surgery import collect_moments, prune, prune_compensated
+from common.surgery import collect_moments, prune, prune_compensated, slice_flat
 from common.trainable import trainable_set
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
 from server.models import Models
+from server.residual import Residuals
 from server.spool import ReplyReader, ReplyScores, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
 
@@ -70,6 +71,7 @@ class RoundCloser:
     ) -> None:
         self._config, self._dense, self._source = config, dense, source
         self._models, self._spool, self._store = models, spool, store
+        self._residuals = Residuals(models.state_dir)
 
     def close(
         self,
@@ -90,7 +92,10 @@ class RoundCloser:
         replies = self._store.replies(run, number)
         readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(base.digest)
-        update, cut = self._update(replies, readers, model, base.digest), None
+        trained = trainable_set(model, self._config.train.trainable, self._config.train.rank)
+        update, lost = self._update(run, work, replies, readers, trained.layout.count)
+        trained.add(model, codec.decode(update, base=base.digest, count=trained.layout.count))
+        cut = None
         sent = _sent(replies, readers) if work.scored else {}
         farms = self._score(run, sent, spec)
         agreed = self._agree(replies, farms)
@@ -98,8 +103,13 @@ class RoundCloser:
         if budget is not None and agreed is not None:
             mask = self._choose(run, agreed, base.mask, budget)
         if mask != base.mask:
+            before = spec
             model, spec, cut = self._cut(model, spec, base, mask)
+            after = trainable_set(model, self._config.train.trainable, trained.rank)
+            lost = slice_flat(lost, trained.layout, before, cut.keep, after.layout)
         digest = self._models.save(model, spec, Step(update, cut).to_bytes())
+        if lost.any():
+            self._residuals.save(run, digest, lost)
         if mask != base.mask:
             log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
         candidate = self._candidate(model, spec, digest, base.digest, mask)
@@ -158,27 +168,30 @@ class RoundCloser:
 
     def _update(
         self,
+        run: int,
+        work: Work,
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
-        model: VisionTransformer,
-        base: str,
-    ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """The aggregated, coded update, applied to ``model`` as every farm will apply it."""
-        train, rules = self._config.train, self._config.rounds
-        trained = trainable_set(model, train.trainable, train.rank)
+        count: int,
+    ) -> tuple[codec.Bytes, codec.Floats]:
+        """The aggregate of ``count`` numbers, coded as farms code theirs, and what that lost."""
+        train, rules, base = self._config.train, self._config.rounds, work.base.digest
         merged = aggregate(
             readers,
             [row.examples * self._freshness(row) for row in replies],
-            count=trained.layout.count,
+            count=count,
             clip=rules.clip,
             rule=rules.aggregation,
             liars=rules.liars,
         )
-        # a mean of many updates is finer than each of them
-        bits = max(train.update_bits, codec.DEFAULT_BITS)
-        update = codec.encode(merged, base, bits=bits, rank=trained.rank)
-        trained.add(model, codec.decode(update, base=base, count=merged.size))
-        return update
+        rest = self._residuals.load(run, base, count) if train.error_feedback else None
+        if rest is not None:
+            merged = merged + rest
+        few = train.update_bits < codec.DEFAULT_BITS
+        rng = np.random.default_rng([self._config.seed, work.number]) if few else None
+        rank = train.rank if train.trainable == "lora" else 0
+        update = codec.encode(merged, base, bits=train.update_bits, rng=rng, rank=rank)
+        return update, merged - codec.decode(update, base=base, count=count)
 
     def _freshness(self, row: ReplyRow) -> float:
         """Weight of a reply by its age (FedAsync, Xie et al., 2019): (1 + rounds late)^-a."""
