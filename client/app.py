@@ -4,21 +4,24 @@ import functools
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast, get_args
+from typing import TypeVar, cast, get_args
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.worker import in_worker
 from common.config import FarmConfig
-from common.errors import DataError, ProtocolError, RejectReason
+from common.errors import DataError, LinkError, ProtocolError, RejectReason
 from common.logs import start_logging
-from common.messages import Refusal, Reply, Request
+from common.messages import Refusal, Reply, Request, Work
 from common.settings import load_settings
 from common.wire import from_record, message_type, to_record
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 app = ClientApp()
 
@@ -39,17 +42,24 @@ def answer(message: Message, context: Context) -> Message:
         LaunchError: the process that worked on it was killed; Flower tells the server.
     """
     sys.path[:] = _IMPORT_PATH
-    work = functools.partial(_reply, message, context)
+    request = _told(functools.partial(_request_of, message, context))
+    if isinstance(request, Refusal):
+        return Message(to_record(request), reply_to=message)
+    work = functools.partial(_told, functools.partial(_handle, request, context))
     return Message(to_record(in_worker(work) if _apart else work()), reply_to=message)
 
 
-def _reply(message: Message, context: Context) -> Reply:
+def _told(work: Callable[[], _T]) -> _T | Refusal:
+    """What this returns, or a refusal that says why there is nothing."""
     try:
-        return _handle(_request_of(message), context)
+        return work()
     except ProtocolError as error:
         log.error("refused a message: %s", error)
         other = error.reason is RejectReason.PROTOCOL
         return Refusal(reason="protocol" if other else "bad_request", detail=str(error)[:500])
+    except LinkError as error:
+        log.error("%s; asking for the backbone in the request itself", error)
+        return Refusal(reason="missing_base", detail=str(error)[:500])
     except DataError as error:
         log.error("%s", error)
         return Refusal(reason="data", detail="the image folder cannot be used; see the farm's log")
@@ -75,13 +85,18 @@ def main() -> None:
     flwr_clientapp()
 
 
-def _request_of(message: Message) -> Request:
+def _request_of(message: Message, context: Context) -> Request:
+    """The request, with a body that it only names."""
     content: RecordDict = message.content
     request = from_record(content)
     if not isinstance(request, get_args(Request)):
         raise ProtocolError(f"a farm is sent requests, not '{request.kind}'")
     if message_type(request) != message.metadata.message_type:
         raise ProtocolError(f"'{request.kind}' came as '{message.metadata.message_type}'")
+    if isinstance(request, Work) and request.body_kind == "hub":
+        from client.bodies import with_body
+
+        return with_body(request, *_settings_of(context))
     return cast(Request, request)
 
 
@@ -89,5 +104,9 @@ def _handle(request: Request, context: Context) -> Reply:
     # Here, so that a broken installation is answered with a refusal instead of silence.
     from client.farm import Farm
 
+    return Farm.open(*_settings_of(context)).handle(request)
+
+
+def _settings_of(context: Context) -> tuple[FarmConfig, Path]:
     config = load_settings(FarmConfig, Path(str(context.node_config["config"])))
-    return Farm.open(config, Path(str(context.node_config["state-dir"]))).handle(request)
+    return config, Path(str(context.node_config["state-dir"]))

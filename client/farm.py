@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from client import traffic
 from client.align import Aligned, align
+from client.bodies import can_fetch
 from client.criteria import Scoring, score
 from client.privacy import Curtain
 from client.residual import Coded, carried, encode
@@ -167,6 +168,7 @@ class Farm:
             examples=len(self._folder.fit),
             classes=len(self._folder.classes),
             held=self._state.held(),
+            hub=can_fetch(self._state.folder),
         )
 
     # --- one round -------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Bytes at the farm's socket, counted over the farm's life and kept in ``STATE/traffic.json``.
 
-The relay (client/relay.py) counts and writes; whoever puts a reply together reads.
+The relay (client/relay.py) counts and writes; whoever puts a reply together reads. What came from
+the hub for a round is kept beside it, as bytes of objects: that line is not the relay's.
 """
 
 import logging
@@ -12,7 +13,7 @@ from common.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FILE = "traffic.json"
+FILE, HUB_FILE = "traffic.json", "traffic-hub.json"
 LIMIT = 2**50
 """More bytes than any farm's link carries in its life (an exbibyte's thousandth)."""
 
@@ -28,12 +29,16 @@ class Counters(BaseModel):
 
 def read(state_dir: Path) -> Counters | None:
     """The counters on disk, about a second old while messages move; None where nobody counts."""
+    return _read(state_dir / FILE)
+
+
+def _read(path: Path) -> Counters | None:
     try:
-        return Counters.model_validate_json((state_dir / FILE).read_bytes())
+        return Counters.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        log.warning("'%s' cannot be read: %s", state_dir / FILE, error)
+        log.warning("'%s' cannot be read: %s", path, error)
         return None
 
 
@@ -56,5 +61,18 @@ def keep(state_dir: Path, counters: Counters) -> None:
 
 def fields(state_dir: Path) -> dict[str, int]:
     """The fields ``link_sent`` and ``link_received`` of a reply; none where nobody counts."""
-    found = read(state_dir)
-    return {} if found is None else {"link_sent": found.sent, "link_received": found.received}
+    found, hub = read(state_dir), _read(state_dir / HUB_FILE) or Counters()
+    if found is None:
+        return {}
+    return {"link_sent": found.sent, "link_received": found.received + hub.received}
+
+
+def fetched(state_dir: Path, count: int) -> None:
+    """Add what came from the hub.
+
+    Raises:
+        DiskError: the disk is full or the folder cannot be written.
+    """
+    before = _read(state_dir / HUB_FILE) or Counters()
+    counters = Counters(received=before.received + count)
+    write_atomically(state_dir / HUB_FILE, counters.model_dump_json().encode())

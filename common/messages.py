@@ -17,7 +17,7 @@ from pydantic_core import core_schema
 from common.config import Criterion, PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 Array: TypeAlias = npt.NDArray[Any]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -59,11 +59,13 @@ class Work(Message):
     seed: int = Field(ge=0, lt=2**32)
     base: Digest = Field(description="the backbone to stand on after the body is applied")
     mask: Digest = Field(description="the mask that backbone carries")
-    body_kind: Literal["none", "delta", "chain", "tensors", "full"] = "none"
+    body_kind: Literal["none", "delta", "chain", "tensors", "full", "hub"] = "none"
     body_from: Digest | None = Field(default=None, description="the base that the body changes")
     body: Bytes | None = Field(
         default=None, description="a step, what common/catchup.py makes, or a packed backbone"
     )
+    body_object: Digest | None = Field(default=None, description="sha256 of a body at the hub")
+    body_bytes: int | None = Field(default=None, ge=1, le=2**31, description="its length")
 
     def identity(self) -> dict[str, Any]:
         """What a reply repeats, so that it can be matched to this request."""
@@ -84,6 +86,7 @@ class HelloReply(Message):
     examples: int = Field(ge=1, le=10**9, description="images of the fit part")
     classes: int = Field(ge=2, le=100_000)
     held: tuple[Digest, ...] = Field(default=(), max_length=64)
+    hub: bool = Field(default=False, description="it can fetch a whole backbone from the hub")
 
 
 class AlignRequest(Work):

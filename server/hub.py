@@ -15,7 +15,7 @@ import logging
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +33,7 @@ from common.errors import ConfigError, FieldfedError, LaunchError
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.settings import load_settings
+from server.bodies import bodies_of
 from server.identity import Authority, ServerFiles
 from server.offers import Offers
 from server.registry import Registry
@@ -100,8 +101,8 @@ class Streams:
 class HubService(hub_pb2_grpc.HubServicer):
     """The calls of common/hub.proto."""
 
-    def __init__(self, config: HubConfig, offers: Offers, objects: Objects) -> None:
-        self._offers, self._objects = offers, objects
+    def __init__(self, config: HubConfig, offers: Offers, folders: Sequence[Objects]) -> None:
+        self._offers, self._folders = offers, folders
         self._streams = Streams(config)
         self._readers = ThreadPoolExecutor(4, "objects")
 
@@ -147,11 +148,11 @@ class HubService(hub_pb2_grpc.HubServicer):
             await _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
     async def _send(self, want: hub_pb2.Want, farm: str, compress: bool, context: Context) -> None:
-        size = await self._size(want, context)
+        objects, size = await self._find(want, context)
         offset, loop = want.offset, asyncio.get_running_loop()
         while offset < size:
             piece, frame = await loop.run_in_executor(
-                self._readers, self._read, want.digest, offset, compress
+                self._readers, _read, objects, want.digest, offset, compress
             )
             await self._streams.pace(farm, len(frame or piece))
             chunk = hub_pb2.Chunk(
@@ -167,30 +168,27 @@ class HubService(hub_pb2_grpc.HubServicer):
                 )
             offset += len(piece)
 
-    async def _size(self, want: hub_pb2.Want, context: Context) -> int:
+    async def _find(self, want: hub_pb2.Want, context: Context) -> tuple[Objects, int]:
+        """Where an object is, and its length."""
         if not is_digest(want.digest):
             await _refuse(
                 context, grpc.StatusCode.INVALID_ARGUMENT, f"'{want.digest[:80]}' is no sha256"
             )
-        try:
-            size = self._objects.path(want.digest).stat().st_size
-        except FileNotFoundError:
+        objects = next((one for one in self._folders if one.has(want.digest)), None)
+        if objects is None:
             await _refuse(
                 context,
                 grpc.StatusCode.NOT_FOUND,
                 f"object {want.digest[:12]} is not here (any more); ask for the channel again",
             )
+        size = objects.path(want.digest).stat().st_size
         if want.offset > size:
             await _refuse(
                 context,
                 grpc.StatusCode.OUT_OF_RANGE,
                 f"object {want.digest[:12]} has {size} bytes; {want.offset} is beyond its end",
             )
-        return size
-
-    def _read(self, digest: str, offset: int, compress: bool) -> tuple[bytes, bytes | None]:
-        piece = self._objects.read(digest, offset, CHUNK_BYTES)
-        return piece, compressed_piece(piece) if compress else None
+        return objects, size
 
     async def Report(  # noqa: N802, D102
         self, request: hub_pb2.InstallReport, context: Context
@@ -204,6 +202,11 @@ class HubService(hub_pb2_grpc.HubServicer):
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{where}: {first['msg']}")
         await self._offers.record(_farm(context), report)
         return hub_pb2.Received()
+
+
+def _read(objects: Objects, digest: str, offset: int, compress: bool) -> tuple[bytes, bytes | None]:
+    piece = objects.read(digest, offset, CHUNK_BYTES)
+    return piece, compressed_piece(piece) if compress else None
 
 
 async def _refuse(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
@@ -239,8 +242,8 @@ async def serve_hub(
     """
     server = grpc.aio.server(options=OPTIONS)
     async with Offers.watching(state_dir) as offers:
-        objects = Objects(state_dir / "registry" / "objects")
-        service = HubService(config, offers, objects)
+        folders = Objects(state_dir / "registry" / "objects"), bodies_of(state_dir)
+        service = HubService(config, offers, folders)
         hub_pb2_grpc.add_HubServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         alive = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(alive, server)

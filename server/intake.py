@@ -103,6 +103,8 @@ class Intake:
         self.farms.pop(self._nodes.get(reply.farm, node), None)
         self.farms[node], self._nodes[reply.farm] = reply.farm, node
         self._requests.farm_holds(node, reply.held)
+        if reply.hub:
+            self._requests.farm_fetches(node)
         self._store.upsert_farm(self._run, node, reply.farm, reply.examples, reply.classes)
         log.info("farm %s: %d images, %d classes", reply.farm, reply.examples, reply.classes)
         return Verdict.ACCEPTED

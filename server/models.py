@@ -50,6 +50,7 @@ class Models:
     """The candidates of a network."""
 
     def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
         self._models = state_dir / "models"
         self._anchors = state_dir / "anchors"
         self._bodies: dict[Path, Array] = {}

@@ -1,4 +1,7 @@
-"""Requests made to measure: each farm gets the smallest body that brings it up to date."""
+"""Requests made to measure: each farm gets the smallest body that brings it up to date.
+
+A whole backbone is left at the hub for a farm that can fetch from it, and only named here.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -6,6 +9,7 @@ from typing import Any, Literal
 
 from common.config import ServerConfig
 from common.messages import AlignRequest, EvaluateRequest
+from server.bodies import Bodies
 from server.close import Base, Work
 from server.models import Models
 
@@ -15,6 +19,8 @@ class Requests:
 
     def __init__(self, run: int, config: ServerConfig, models: Models) -> None:
         self._run, self._config, self._models = run, config, models
+        self._bodies = Bodies(models.state_dir, models.body) if config.hub is not None else None
+        self._fetching: set[int] = set()
         self._held: dict[int, set[str]] = {}
         self._anchored: dict[int, str] = {}
         self._folded: dict[int, int] = {}
@@ -22,6 +28,10 @@ class Requests:
     def farm_holds(self, node: int, digests: Iterable[str]) -> None:
         """A farm said, or showed by its reply, that it holds these backbones."""
         self._held.setdefault(node, set()).update(digests)
+
+    def farm_fetches(self, node: int) -> None:
+        """A farm said that it can fetch from the hub."""
+        self._fetching.add(node)
 
     def farm_has_anchors(self, node: int, mask: str) -> None:
         """A farm showed by its reply that it holds the anchors of this mask."""
@@ -32,8 +42,9 @@ class Requests:
         self._folded = dict(folded)
 
     def farm_lost(self, node: int) -> None:
-        """A farm said that it lacks what we thought it holds: the next body is whole."""
+        """A farm said that it lacks what we thought it holds: the next body is whole, and here."""
         self._held[node] = set()
+        self._fetching.discard(node)  # the hub may be what failed
         self._anchored.pop(node, None)
 
     def align(
@@ -96,6 +107,9 @@ class Requests:
         if base in held:
             return {"body_kind": "none"}
         way = self._models.way(held, base)
-        if way is None:
-            return {"body_kind": "full", "body": self._models.body(base)}
-        return {"body_kind": way.kind, "body_from": way.start, "body": way.body}
+        if way is not None:
+            return {"body_kind": way.kind, "body_from": way.start, "body": way.body}
+        placed = self._bodies.place(base) if self._bodies and node in self._fetching else None
+        if placed is not None:
+            return {"body_kind": "hub", "body_object": placed[0], "body_bytes": placed[1]}
+        return {"body_kind": "full", "body": self._models.body(base)}

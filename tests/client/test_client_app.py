@@ -12,10 +12,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
 from common.errors import DataError
-from common.messages import AlignRequest, HelloReply, HelloRequest, Refusal
+from common.messages import PROTOCOL, AlignRequest, HelloReply, HelloRequest, Refusal
 from common.wire import from_record, message_type, to_record
 
-DIGEST = "d" * 64
+DIGEST, OTHER = "d" * 64, f"protocol {PROTOCOL + 1}"
 SECRET = "/home/farmer/pictures/leaf_17.jpg"
 REPLY = HelloReply(farm="alpha", examples=3, classes=2)
 
@@ -74,7 +74,12 @@ def test_every_request_has_a_function(farm: type[FakeFarm], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "kind", "reason", "named"),
     [
-        (to_record(HelloRequest(protocol=3)), "query.hello", "protocol", "protocol 3"),
+        (
+            to_record(HelloRequest(protocol=PROTOCOL + 1)),
+            "query.hello",
+            "protocol",
+            f"protocol {PROTOCOL + 1}",
+        ),
         (RecordDict(), "query.hello", "bad_request", "not a fieldfed message"),
         (RecordDict({"x": ConfigRecord({"a": 1})}), "train.align", "bad_request", "fieldfed"),
         (to_record(REPLY), "query.hello", "bad_request", "requests"),

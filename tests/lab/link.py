@@ -8,10 +8,13 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import cast
 
+from client.bodies import with_body
 from client.farm import Farm
 from common.config import FarmConfig
-from common.messages import Array, HelloRequest, Reply, Request, from_parts, to_parts
+from common.errors import LinkError
+from common.messages import Array, HelloRequest, Refusal, Reply, Request, from_parts, to_parts
 from server.link import Delivery, Sent
 
 Parts = tuple[str, dict[str, Array]]
@@ -95,8 +98,12 @@ class LabLink:
 
 def work(config: FarmConfig, state: Path, parts: Parts) -> Parts:
     """One farm answers one message, from its folders alone, as a fresh process would."""
-    request = from_parts(*parts)
-    return to_parts(Farm.open(config, state).handle(request))  # type: ignore[arg-type]
+    request = cast(Request, from_parts(*parts))
+    try:
+        request = with_body(request, config, state)
+    except LinkError as error:
+        return to_parts(Refusal(reason="missing_base", detail=str(error)))
+    return to_parts(Farm.open(config, state).handle(request))
 
 
 def size_of(parts: Parts) -> int:
