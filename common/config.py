@@ -22,8 +22,8 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """How a farm aligns its copy of the backbone in one round; travels in every request."""
 
-    trainable: Literal["bias", "attention", "lora", "full"] = "bias"
-    rank: int = Field(default=8, ge=1, le=64, description="of the factors of lora")
+    trainable: Literal["bias", "attention", "lora", "full"] = "lora"
+    rank: int = Field(default=1, ge=1, le=64, description="of the factors of lora")
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the fit part per round")
     batch_size: int = Field(default=16, ge=8, le=1024)
     lr: float | None = Field(

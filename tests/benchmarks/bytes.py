@@ -28,11 +28,12 @@ from tests.system.slowlink import RURAL
 Outcomes: TypeAlias = dict[str, dict[str, list[Flags]]]
 
 ROUNDS, SEASON, SEEDS = 6, 20, (0, 1)
-DEFAULT, FEDAVG, WITH_BASELINES = "bias 4 bit", "full fp32 (FedAvg)", "bias int8"
+DEFAULT, FEDAVG = "lora r=1 4 bit", "full fp32 (FedAvg)"
 SETTINGS = {
     DEFAULT: TrainConfig(),
-    "bias int8": TrainConfig(update_bits=8),
-    "bias fp32": TrainConfig(update_bits=32),
+    "bias 4 bit": TrainConfig(trainable="bias"),
+    "bias int8": TrainConfig(trainable="bias", update_bits=8),
+    "bias fp32": TrainConfig(trainable="bias", update_bits=32),
     FEDAVG: TrainConfig(trainable="full", update_bits=32),
     "lora r=8 int8": TrainConfig(trainable="lora", rank=8, update_bits=8),
     "full top 1 % int8": TrainConfig(trainable="full", top=0.01, update_bits=8),
@@ -158,7 +159,7 @@ def main() -> None:
     if only != "wire":
         for seed in SEEDS:
             for setting in SETTINGS:
-                work = partial(accuracy_cell, setting, seed, ROUNDS, setting == WITH_BASELINES)
+                work = partial(accuracy_cell, setting, seed, ROUNDS, setting == DEFAULT)
                 learned.append(cells.run(f"{setting}, seed {seed}", work))
         for setting in (DEFAULT, FEDAVG):
             work = partial(accuracy_cell, setting, SEEDS[0], SEASON, False)
