@@ -126,7 +126,7 @@ class Updater:
     ) -> Done:
         require_buildable(manifest)
         require_memory(manifest)
-        fetched = hub.fetch(manifest.objects, self._serving.objects, compress=compress)
+        fetched = hub.fetch(manifest.weights, self._serving.objects, compress=compress)
         folder = self._folder()
         model = assemble(manifest, self._serving.objects)
         trial = try_out(model, manifest.spec, folder)

@@ -115,6 +115,11 @@ class Manifest(Document):
         """Length in bytes of everything that it names, by digest."""
         return dict(self._parts())
 
+    @property
+    def weights(self) -> Mapping[str, int]:
+        """Of those the ones that the safetensors form needs."""
+        return {one.digest: one.bytes for one in self.tensors}
+
     def _parts(self) -> list[tuple[str, int]]:
         tensors = [(one.digest, one.bytes) for one in self.tensors]
         return tensors + [(one.digest, one.bytes) for one in self.files]

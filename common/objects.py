@@ -31,9 +31,14 @@ class Objects:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def folder(self) -> Path:
+        """Below it objects lie as :func:`place_of` says."""
+        return self._folder
+
     def path(self, digest: str) -> Path:
         """Where an object lies when it is whole."""
-        return self._folder / digest[:2] / digest
+        return self._folder / place_of(digest)
 
     def has(self, digest: str) -> bool:
         """Whether an object is there, whole."""
@@ -180,6 +185,11 @@ class Objects:
     def _part(self, digest: str) -> Path:
         path = self.path(digest)
         return path.with_name(path.name + _PART)
+
+
+def place_of(digest: str) -> str:
+    """Where an object lies in its folder."""
+    return f"{digest[:2]}/{digest}"
 
 
 def trusted(held: int) -> int:

@@ -24,9 +24,9 @@ def difference(before: Manifest, after: Manifest) -> list[str]:
         _count("parameters", before.params, after.params),
         *_accuracy(before, after),
     ]
-    held = before.objects
-    fetched = sum(size for digest, size in after.objects.items() if digest not in held)
-    whole = sum(after.objects.values())
+    held = before.weights
+    fetched = sum(size for digest, size in after.weights.items() if digest not in held)
+    whole = sum(after.weights.values())
     lines.append(f"to fetch: {fetched / 1e6:.2f} MB of {whole / 1e6:.2f} MB")
     return lines
 

@@ -15,11 +15,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor as Numbers
 
-from common import backbone
+from common import backbone, export
 from common.assembly import assemble
 from common.errors import ConfigError, RefusalError, StateError
 from common.files import write_atomically
-from common.manifest import FarmResult, Manifest, Tensor, digest_of
+from common.manifest import FarmResult, File, Manifest, Tensor, digest_of
 from common.objects import Objects
 from common.spec import ModelSpec
 from server.models import Models
@@ -89,6 +89,7 @@ def publish(
 
     Raises:
         DiskError: the disk is full; nothing was published.
+        ModelError: the backbone cannot be written as ONNX, or does something else there.
     """
     identity, now = backbone.digest(model, spec), datetime.now(UTC)
     with registry.changing() as versions:
@@ -99,6 +100,7 @@ def publish(
             _keep(registry.objects, name, numbers)
             for name, numbers in sorted(backbone.stored_tensors(model).items())
         )
+        form = _keep_onnx(registry.objects, model, spec, tensors)
 
         def make(counter: int) -> VersionRow:
             manifest = Manifest(
@@ -117,6 +119,7 @@ def publish(
                 created=now,
                 expires=now + timedelta(days=VERSION_DAYS),
                 tensors=tensors,
+                files=(form,),
             )
             document = registry.keys.sign("manifest", manifest)
             digest = digest_of(manifest.model_dump_json())
@@ -129,6 +132,14 @@ def _keep(objects: Objects, name: str, numbers: Numbers) -> Tensor:
     dtype: Literal["F16", "F32"] = "F32" if numbers.dtype == torch.float32 else "F16"
     digest = objects.add(numbers.contiguous().numpy().tobytes())
     return Tensor(name=name, dtype=dtype, shape=tuple(numbers.shape), digest=digest)
+
+
+def _keep_onnx(
+    objects: Objects, model: VisionTransformer, spec: ModelSpec, tensors: tuple[Tensor, ...]
+) -> File:
+    graph = export.graph_of(model, spec, tensors)
+    export.require_parity(model, spec, export.Runtime(graph, objects.folder))
+    return File(kind="onnx-fp32", digest=objects.add(graph), bytes=len(graph))
 
 
 def load(registry: Registry, counter: int) -> tuple[VisionTransformer, ModelSpec]:
@@ -145,8 +156,8 @@ def load(registry: Registry, counter: int) -> tuple[VisionTransformer, ModelSpec
         raise StateError(f"version {counter}: {error}; restore it from a backup") from error
 
 
-def export(registry: Registry, counter: int, folder: Path) -> None:
-    """Write a version as files that need no registry: the model, its manifest, the keys.
+def write_files(registry: Registry, counter: int, folder: Path) -> None:
+    """Write a version as files that need no registry: the model, also as ONNX, manifest and keys.
 
     Raises:
         ConfigError, StateError: as :func:`load` does.
@@ -154,5 +165,9 @@ def export(registry: Registry, counter: int, folder: Path) -> None:
     model, spec = load(registry, counter)
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_backbone(folder / "model.safetensors", model, spec)
+    for file in registry.manifest(counter).files:
+        graph = registry.objects.load(file.digest, file.bytes)
+        body = export.whole(graph, registry.objects.folder)
+        write_atomically(folder / f"model-{file.kind.removeprefix('onnx-')}.onnx", body)
     write_atomically(folder / "manifest.json", registry.row(counter).document.encode())
     write_atomically(folder / "keys.json", registry.keys.text.encode())

@@ -170,12 +170,12 @@ def export_version(
     version: Version,
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("version"),
 ) -> None:
-    """Write a version as files: model.safetensors with its spec, the signed manifest, the keys."""
-    from server.publish import export
+    """Write a version as files: model.safetensors, the same as ONNX, its manifest, the keys."""
+    from server.publish import write_files
     from server.registry import Registry
 
     with Registry.open(folder) as registry:
-        export(registry, version, out)
+        write_files(registry, version, out)
     print(f"version {version} is in {out}")
 
 

@@ -143,7 +143,7 @@ def test_a_worse_version_stays_out_and_is_never_tried_again(
     # and what was fetched for it is gone
     kept = farm.serving.current()
     assert kept is not None
-    wanted = set(kept.about.manifest.objects)
+    wanted = set(kept.about.manifest.weights)
     assert {path.name for path in (farm.root / "serving" / "objects").glob("??/*")} == wanted
 
 

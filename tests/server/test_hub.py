@@ -90,14 +90,14 @@ def test_only_what_changed_travels(hub: LabHub, registry: Registry, tmp_path: Pa
     add_version(registry, model, spec)
     with hub.client() as client:
         keys, first = offered(client)
-        client.fetch(first.objects, objects)
+        client.fetch(first.weights, objects)
         registry.promote(STABLE, 3)
         for offer in client.watch(STABLE):  # the hub looks every second
             if read_channel(offer.channel, keys, NOW).version == 3:
                 break
         _, third = offered(client, keys)
-        fetched = client.fetch(third.objects, objects)
-    assert 0 < fetched.bytes < 0.1 * sum(third.objects.values())
+        fetched = client.fetch(third.weights, objects)
+    assert 0 < fetched.bytes < 0.1 * sum(third.weights.values())
     assemble(third, objects)
 
 

@@ -10,6 +10,7 @@ import torch
 from common import backbone
 from common.assembly import assemble, require_buildable
 from common.errors import ConfigError, DiskError, RefusalError, RefuseReason, StateError
+from common.export import Runtime, require_parity
 from common.files import only_one
 from common.manifest import Channel, Manifest, read_channel, read_manifest
 from common.signing import KeySet, parsed, read
@@ -17,7 +18,7 @@ from server import publish as publishing
 from server import registry as module
 from server.difference import difference
 from server.keys import SigningKeys
-from server.publish import export, load
+from server.publish import load, write_files
 from server.registry import STABLE, Registry
 from tests.lab.versions import (
     NETWORK,
@@ -54,7 +55,7 @@ def test_a_child_shares_what_did_not_change(tmp_path: Path) -> None:
     registry = two_versions(tmp_path)
     first, second = seen(registry, 1), seen(registry, 2)
     assert second.parent == registry.row(1).digest
-    fresh = set(second.objects) - set(first.objects)
+    fresh = set(second.weights) - set(first.weights)
     changed = {one.digest for one in second.tensors if one.name.endswith("bias")}
     assert fresh == changed
     assert registry.check() == []
@@ -135,9 +136,11 @@ def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
 
 def test_an_export_needs_no_registry(tmp_path: Path) -> None:
     registry = two_versions(tmp_path / "server")
-    export(registry, 2, tmp_path / "out")
+    write_files(registry, 2, tmp_path / "out")
     model, spec = backbone.load_backbone(tmp_path / "out" / "model.safetensors")
     assert backbone.digest(model, spec) == seen(registry, 2).backbone
+    graph = (tmp_path / "out" / "model-fp32.onnx").read_bytes()
+    require_parity(model, spec, Runtime(graph, tmp_path / "nowhere"))
     keys = json.loads((tmp_path / "out" / "keys.json").read_text())["body"]
     document = (tmp_path / "out" / "manifest.json").read_text()
     assert read_manifest(document, KeySet.model_validate_json(keys), NOW)[1].counter == 2
