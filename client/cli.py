@@ -1,6 +1,7 @@
 """``fieldfed-client``: the commands of a farm."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +11,14 @@ from rich.console import Console
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
-from common.errors import RefusalError
+from common.errors import QualityError, RefusalError, StateError
 from common.files import only_one, write_atomically
 from common.settings import load_settings, validate
 
 if TYPE_CHECKING:
     from client.device import Device
     from client.labels import Labels
+    from client.review import Guess
 
 app = typer.Typer(
     help="Run a farm: its images and its classifier stay here.",
@@ -186,13 +188,55 @@ def serving(
 @app.command(epilog="Example: fieldfed-client label farms/apple img_0412.jpg scab")
 def label(
     folder: Folder,
-    image: Annotated[Path, typer.Argument(help="an image file; it is copied")],
-    name: Annotated[str, typer.Argument(help="its class")],
+    image: Annotated[Path, typer.Argument(help="an image file, which is copied, or a folder")],
+    name: Annotated[str | None, typer.Argument(help="its class; without: you are asked")] = None,
     new: Annotated[bool, typer.Option("--new", help="the class is a new one")] = False,
 ) -> None:
-    """Say what an image shows: training uses it, and it judges the version in use."""
+    """Say what an image shows: training uses it, and it judges the version in use.
+
+    Without a class you are asked about every image that the version in use is not sure about.
+    """
+    if name is None:
+        print(f"{_ask_about(folder, image)} images are labelled")
+        return
     copy = _labels(folder).add(image, name, new=new)
     print(f"{copy} is a {name}" + ("; the classifier learns it at the next version" if new else ""))
+
+
+def _ask_about(folder: Path, images: Path) -> int:
+    from client.review import images_in, review
+
+    device = _device(folder)
+    found = images_in(images)
+    while (bundle := device.serving.current()) is not None:
+        ask = partial(_answer, device.labels)
+        try:
+            return review(bundle, device.labels, found, ask)
+        except QualityError as error:
+            with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
+                done = device.updater().roll_back(bundle, str(error), hub)
+            if done is None:
+                raise
+            print(done.words)
+    raise StateError(f"no version is in use; get one with: fieldfed-client update {folder}")
+
+
+def _answer(labels: "Labels", guess: "Guess") -> str | None:
+    """The class that a person says, or None to skip; Ctrl-D ends it all."""
+    likely = ", ".join(f"{name} {share:.2f}" for name, share in guess.ranked)
+    while True:
+        said = typer.prompt(
+            f"{guess.image}: {likely}; Enter: {guess.label}, -: skip, or its class",
+            default=guess.label,
+            show_default=False,
+        ).strip()
+        if said == "-":
+            return None
+        if said in labels.classes:
+            return str(said)
+        known = ", ".join(labels.classes)
+        if typer.confirm(f"no class '{said}'; there are {known}. Is it a new one?"):
+            return str(said)
 
 
 @app.command("rename-class", epilog="Example: fieldfed-client rename-class farms/apple scab black")

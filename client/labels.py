@@ -1,6 +1,6 @@
 """Images that a person has labelled in the field: they feed training and judge what serves.
 
-    labels.jsonl   a line per image: which file, which class, when
+    labels.jsonl   a line per image: which file, which class, when, sha256
 
 An image that is labelled is copied into the farm's image folder, under its class, so the next round
 trains on it; a new class is a new folder. What was labelled since a version was put in use is its
@@ -23,6 +23,8 @@ from common.duplicates import UNREADABLE
 from common.errors import DataError, DiskError
 from common.files import append, sync
 from common.images import Part
+from common.messages import Digest
+from common.objects import sha256_of
 from common.pixels import load_image
 from common.signing import Document
 
@@ -40,6 +42,7 @@ class _Line(Document):
     file: str
     label: str
     when: AwareDatetime
+    content: Digest | None = None
 
 
 class Labels:
@@ -52,6 +55,7 @@ class Labels:
 
     def __init__(self, path: Path, images: Path) -> None:
         self._path = path
+        self._contents: set[str | None] | None = None
         train = images / "train"
         self._root = train if train.is_dir() else images
 
@@ -88,11 +92,19 @@ class Labels:
             raise DataError(f"'{label}' cannot be the name of a folder, so of no class")
         now = now or datetime.now(UTC)
         copy = self._copy(image, label, now)
-        line = _Line(file=str(copy.relative_to(self._root)), label=label, when=now)
+        file = str(copy.relative_to(self._root))
+        line = _Line(file=file, label=label, when=now, content=sha256_of(copy))
         # a line of its own, also where a power cut has left half of one
         append(self._path, b"\n" + line.model_dump_json().encode())
         sync(self._path)
+        self._contents = None
         return copy
+
+    def has(self, image: Path) -> bool:
+        """Whether this very image was labelled before, under whatever name."""
+        if self._contents is None:
+            self._contents = {line.content for line in self._lines()}
+        return image.is_file() and sha256_of(image) in self._contents
 
     def _copy(self, image: Path, label: str, now: datetime) -> Path:
         folder = self._root / label

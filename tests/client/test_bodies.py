@@ -13,14 +13,13 @@ from client.traffic import Counters
 from common import objects as objects_module
 from common.config import TrainConfig
 from common.errors import DiskError, LinkError
-from common.membership import Membership
 from common.messages import Array, EvaluateRequest, Work
 from common.objects import Objects
 from server.bodies import KEPT, Bodies, bodies_of
 from tests.lab.hub import LabHub
 from tests.lab.link import LabLink
 from tests.lab.network import Lab
-from tests.lab.versions import NETWORK, registry_in
+from tests.lab.versions import registry_in
 
 MEMBER, OTHER = 1, 2
 
@@ -37,18 +36,7 @@ def hub(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> LabHub:
     hub = LabHub(lab.server_dir)
     with registry_in(lab.server_dir) as registry:
         config, state = lab.farms[0]
-        device = Device(config, state)
-        certificate = hub.authority.sign(device.identity.request())
-        device.join(
-            Membership(
-                network=NETWORK,
-                farm=config.farm.name,
-                hub=hub.address,
-                certificate=certificate.decode(),
-                authority=hub.authority.server_credentials().ca.decode(),
-                keys=registry.keys.text,
-            )
-        )
+        hub.join(Device(config, state), config.farm.name, registry.keys.text)
     return hub
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from client.device import Device
 from client.hub import HubClient
 from client.identity import ClientFiles, FarmIdentity
 from common.config import HubConfig
+from common.membership import Membership
 from common.processes import free_port
 from server import offers
 from server.hub import serve_hub
@@ -36,6 +38,20 @@ class LabHub:
         ca = self.authority.server_credentials().ca
         identity.accept(self.authority.sign(identity.request()), ca)
         return identity.credentials()
+
+    def join(self, device: Device, farm: str, keys: str) -> None:
+        """Make a farm's device a member of this network, whose signing keys are ``keys``."""
+        certificate = self.authority.sign(device.identity.request())
+        device.join(
+            Membership(
+                network=NETWORK,
+                farm=farm,
+                hub=self.address,
+                certificate=certificate.decode(),
+                authority=self.authority.server_credentials().ca.decode(),
+                keys=keys,
+            )
+        )
 
     def client(self, farm: str = "apple") -> HubClient:
         """A device of a farm."""
