@@ -151,12 +151,13 @@ def update(
     from client.schedule import Follower
 
     logs.start_logging(log)
-    config = load_settings(FarmConfig, folder / "farm.toml")
-    device, metered = _device(folder), config.farm.link == "metered"
+    device = _device(folder)
+    farm = device.farm
+    metered = farm.link == "metered"
     with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
         updater = device.updater()
         if follow:
-            Follower(updater, hub, hours=config.farm.update_hours, metered=metered).run()
+            Follower(updater, hub, hours=farm.update_hours, metered=metered).run()
         back = updater.check(hub)
         done = back if back is not None else updater.update(hub, compress=metered)
     print(done.words)

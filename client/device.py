@@ -22,14 +22,14 @@ class Device:
     """The device of a farm's folder; the network is needed for a part of it only."""
 
     def __init__(self, config: FarmConfig, state_dir: Path) -> None:
-        self._config, self._state = config, state_dir
+        self.farm, self._state = config.farm, state_dir
         self.serving = Serving(state_dir / "serving")
         self.labels = labels_of(config, state_dir)
 
     @property
     def identity(self) -> FarmIdentity:
         """The farm's key and certificate; the key is made when it is first asked for."""
-        return FarmIdentity.create(self._state / "identity", self._config.farm.name)
+        return FarmIdentity.create(self._state / "identity", self.farm.name)
 
     def join(self, membership: Membership) -> None:
         """Become a member of a network.
@@ -47,7 +47,7 @@ class Device:
         path = self._state / "membership.json"
         if not path.is_file():
             raise ConfigError(
-                f"farm {self._config.farm.name} is no member of a network yet; ask for it with: "
+                f"farm {self.farm.name} is no member of a network yet; ask for it with: "
                 "fieldfed-client request"
             )
         return Membership.load(path)
@@ -68,8 +68,8 @@ class Device:
         """Raises ConfigError when the farm is no member, RefusalError as Trust does."""
         now = datetime.now(UTC)
         return Updater(
-            device=self._config.farm.device or self._config.farm.name,
-            channel=self._config.farm.channel,
+            device=self.farm.device or self.farm.name,
+            channel=self.farm.channel,
             folder=self._open_folder,
             serving=self.serving,
             trust=Trust(self._state / "trust.json", self.membership().keys, now),
@@ -77,6 +77,7 @@ class Device:
         )
 
     def _open_folder(self) -> FarmFolder:
-        farm = self._config.farm
         cache = self._state / "images.json"
-        return open_folder(farm.data, per_class=farm.per_class, seed=farm.seed, cache=cache)
+        return open_folder(
+            self.farm.data, per_class=self.farm.per_class, seed=self.farm.seed, cache=cache
+        )

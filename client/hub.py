@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CALL_SECONDS, FETCH_SECONDS = 60.0, 900.0
 TRIES = 8
+TELL_SECONDS = 10.0
 LONGEST_PAUSE = 120.0
 MAX_CHUNK = 1 << 20
 OPTIONS = (
@@ -62,6 +63,20 @@ class Fetched:
 
     bytes: int
     cuts: int
+
+
+class _Progress:
+    """Counts what comes, and says so every few seconds."""
+
+    def __init__(self, needed: int) -> None:
+        self.came, self._needed, self._told = 0, needed, time.monotonic()
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self.came += count
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            self._told = time.monotonic()
+            log.info("%.1f of %.1f MB have come", self.came / 1e6, self._needed / 1e6)
 
 
 class HubClient:
@@ -140,16 +155,17 @@ class HubClient:
         """
         objects.resume(wanted)
         lacking = objects.lacking(wanted)
-        objects.require_room(sum(wanted[one] for one in lacking) - sum(lacking.values()))
-        came = cuts = vain = 0
+        needed = sum(wanted[one] for one in lacking) - sum(lacking.values())
+        objects.require_room(needed)
+        progress, cuts, vain = _Progress(needed), 0, 0
         while lacking:
-            before = came
+            before = progress.came
             fault: grpc.RpcError | RefusalError
             try:
                 for chunk in self._stream(lacking, compress):
                     data = _bytes(chunk, wanted)
                     objects.receive(chunk.digest, chunk.offset, data, wanted[chunk.digest])
-                    came += len(data)
+                    progress.add(len(data))
                 fault = RefusalError("the hub ended before all had come", RefuseReason.DAMAGED)
             except grpc.RpcError as error:
                 if error.code() not in PASSING:
@@ -161,11 +177,12 @@ class HubClient:
             if not lacking:
                 break
             cuts += 1
-            vain = 0 if came > before and not isinstance(fault, RefusalError) else vain + 1
+            gained = progress.came > before and not isinstance(fault, RefusalError)
+            vain = 0 if gained else vain + 1
             if vain == TRIES:
                 raise fault if isinstance(fault, RefusalError) else self._failed(fault)
             self._pause(vain)
-        return Fetched(came, cuts)
+        return Fetched(progress.came, cuts)
 
     def _stream(self, lacking: Mapping[str, int], compress: bool) -> Iterator[hub_pb2.Chunk]:
         wants = [hub_pb2.Want(digest=one, offset=held) for one, held in lacking.items()]

@@ -1,6 +1,7 @@
 """The hub and a device's side of it, over real connections with mutual TLS."""
 
 import asyncio
+import logging
 import subprocess
 import sys
 import threading
@@ -82,6 +83,17 @@ def test_a_device_gets_a_version_whole(hub: LabHub, registry: Registry, tmp_path
         assert fetched.bytes == sum(manifest.objects.values())
         assert digest(assemble(manifest, objects), manifest.spec) == manifest.backbone
         assert client.fetch(manifest.objects, objects).bytes == 0
+
+
+def test_a_long_fetch_says_how_far_it_is(
+    hub: LabHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "TELL_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO), hub.client() as client:
+        _, manifest = offered(client)
+        client.fetch(manifest.weights, Objects(tmp_path / "device"))
+    whole = f"{sum(manifest.weights.values()) / 1e6:.1f}"
+    assert f"{whole} of {whole} MB have come" in caplog.text
 
 
 def test_only_what_changed_travels(hub: LabHub, registry: Registry, tmp_path: Path) -> None:
