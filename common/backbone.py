@@ -25,6 +25,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from common.efficient import install
 from common.errors import ModelError
 from common.files import write_atomically
 from common.spec import ModelSpec
@@ -65,6 +66,7 @@ def build(spec: ModelSpec) -> VisionTransformer:
         raise ModelError(f"{spec.name} has {len(model.blocks)} blocks, its spec says {spec.depth}")
     for layers, heads, neurons in zip(block_layers(model), spec.heads, spec.neurons, strict=True):
         _shrink(layers, heads, neurons)
+    install(model, spec)
     return model.eval()
 
 
@@ -314,9 +316,14 @@ def _patches(name: str, image_size: int, options: tuple[tuple[str, int], ...]) -
     """(patches, tokens with prefix, weights of the patch projection) of an architecture."""
     with torch.device("meta"):
         model = _create(name, image_size, options)
-    patches = int(model.patch_embed.num_patches)
+    count = int(model.patch_embed.num_patches)
     weights = int(model.patch_embed.proj.weight.numel())
-    return patches, patches + int(model.num_prefix_tokens), weights
+    return count, count + int(model.num_prefix_tokens), weights
+
+
+def patches(spec: ModelSpec) -> int:
+    """Patch tokens per image."""
+    return _patches(spec.name, spec.image_size, spec.options)[0]
 
 
 def tokens(spec: ModelSpec) -> int:
@@ -324,23 +331,38 @@ def tokens(spec: ModelSpec) -> int:
     return _patches(spec.name, spec.image_size, spec.options)[1]
 
 
+def tokens_by_block(spec: ModelSpec) -> tuple[int, ...]:
+    """Tokens that enter each block."""
+    most, whole, _ = _patches(spec.name, spec.image_size, spec.options)
+    leaving = spec.kept_tokens[:-1] or (most,) * (spec.depth - 1)
+    fused = (keep < most and spec.fuse_tokens for keep in leaving)
+    behind = (whole - most + keep + one for keep, one in zip(leaving, fused, strict=True))
+    return whole, *behind
+
+
 def macs(spec: ModelSpec) -> int:
     """Multiply-accumulates of one forward pass of one image, matrix products only.
 
-    Per block with H heads of width d, M neurons, width C and N tokens:
-    qkv and proj 4*N*C*H*d, scores and values 2*N*N*H*d, MLP 2*N*C*M.
+    Per block with H heads of width d, M neurons, width C and N tokens: qkv and proj 4*N*C*H*d,
+    scores and values 2*N*N*H*d, or 2*N*d*H*d where they are linear, MLP 2*N*C*M; where tokens are
+    sampled, one more query N*H*d.
     """
-    patches, n, weights = _patches(spec.name, spec.image_size, spec.options)
-    total = patches * weights
-    for heads, neurons in zip(spec.heads, spec.neurons, strict=True):
-        total += heads * head_macs(spec, n) + neurons * neuron_macs(spec, n)
+    count, _, weights = _patches(spec.name, spec.image_size, spec.options)
+    total, entering = count * weights, tokens_by_block(spec)
+    for block, n in enumerate(entering):
+        linear = block in spec.linear_blocks
+        total += spec.heads[block] * head_macs(spec, n, linear)
+        total += spec.neurons[block] * neuron_macs(spec, n)
+        if block + 1 < spec.depth and entering[block + 1] < n:
+            total += n * spec.heads[block] * spec.head_width
     return total
 
 
-def head_macs(spec: ModelSpec, token_count: int) -> int:
+def head_macs(spec: ModelSpec, token_count: int, linear: bool = False) -> int:
     """Multiply-accumulates that one head costs."""
     d = spec.head_width
-    return 4 * token_count * spec.width * d + 2 * token_count * token_count * d
+    seen = d if linear else token_count
+    return 4 * token_count * spec.width * d + 2 * token_count * seen * d
 
 
 def neuron_macs(spec: ModelSpec, token_count: int) -> int:

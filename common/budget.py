@@ -172,10 +172,19 @@ def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
 
 @lru_cache(maxsize=16)
 def unit_costs(dense: ModelSpec) -> tuple[int, int, int]:
-    """MACs of a dense backbone, of one head and of one neuron; building it to count is slow."""
+    """MACs of a dense backbone, of one head and of one neuron; building it to count is slow.
+
+    Raises:
+        ConfigError: its blocks do not cost alike.
+    """
     # here, so that reading or showing a mask needs no torch
     from common.backbone import head_macs, macs, neuron_macs, tokens
 
+    if dense.kept_tokens or dense.linear_blocks:
+        raise ConfigError(
+            "a MACs budget needs blocks that cost alike; prune first, then sample tokens or make "
+            "attention linear, or give a budget of heads"
+        )
     token_count = tokens(dense)
     return macs(dense), head_macs(dense, token_count), neuron_macs(dense, token_count)
 

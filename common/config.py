@@ -224,6 +224,13 @@ class BackboneConfig(Section):
         default=1.0, ge=0, le=1, description="1: the trained weights, 0: the start (WiSE-FT)"
     )
     anchor_images: int = Field(default=512, ge=16, le=100_000)
+    token_macs: float | None = Field(
+        default=None, gt=0, lt=1, description="share of the MACs that token sampling leaves"
+    )
+    fuse_tokens: bool = Field(default=False, description="dropped tokens are fused into one")
+    linear_blocks: tuple[int, ...] = Field(
+        default=(), description="numbers of the blocks whose attention is linear"
+    )
 
 
 class NetworkConfig(Section):

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Triple = tuple[float, float, float]
+_ADDED = ("kept_tokens", "fuse_tokens", "linear_blocks")
 Count = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -26,6 +27,13 @@ class ModelSpec(BaseModel):
     neurons: tuple[Count, ...] = Field(description="MLP neurons, block by block")
     head_width: Count
     width: Count = Field(description="embedding width, also the length of a feature vector")
+    kept_tokens: tuple[Count, ...] = Field(
+        default=(), description="patch tokens that leave each block; empty: all of them"
+    )
+    fuse_tokens: bool = Field(default=False, description="dropped tokens are fused into one")
+    linear_blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), description="numbers of the blocks whose attention is linear"
+    )
     mean: Triple = (0.485, 0.456, 0.406)
     std: Triple = (0.229, 0.224, 0.225)
 
@@ -33,6 +41,15 @@ class ModelSpec(BaseModel):
     def _same_depth(self) -> "ModelSpec":
         if not self.heads or len(self.heads) != len(self.neurons):
             raise ValueError("heads and neurons must name the same, non-zero number of blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _possible_attention(self) -> "ModelSpec":
+        kept, linear = self.kept_tokens, self.linear_blocks
+        if kept and (len(kept) != self.depth or list(kept) != sorted(kept, reverse=True)):
+            raise ValueError("kept_tokens names a number for every block, never a rising one")
+        if list(linear) != sorted(set(linear)) or any(one >= self.depth for one in linear):
+            raise ValueError(f"linear_blocks must be ascending and below {self.depth}")
         return self
 
     @property
@@ -45,8 +62,12 @@ class ModelSpec(BaseModel):
         return ModelSpec.model_validate(self.model_dump() | {"heads": heads, "neurons": neurons})
 
     def to_json(self) -> str:
-        """Canonical JSON: the same spec always gives the same text."""
-        return self.model_dump_json()
+        """Canonical JSON: the same spec always gives the same text.
+
+        What was added to specs later is left out where it is not used: an identity stays the same.
+        """
+        unused = {name for name in _ADDED if not getattr(self, name)}
+        return self.model_dump_json(exclude=unused)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ModelSpec":

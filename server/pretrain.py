@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from common.fit import (
     zero_classifier,
 )
 from common.images import FarmFolder, Part, open_folder
+from common.sampling import with_tokens
 from common.spec import ModelSpec
 from common.trainable import trainable_names
 
@@ -98,6 +100,24 @@ def source_batches(
     return SourceBatches(opened, spec, count, seed)
 
 
+def shape_of(settings: BackboneConfig) -> ModelSpec:
+    """The spec of the first base: dense, with the attention and the tokens that are set.
+
+    Raises:
+        ModelError: an unknown backbone.
+        ConfigError: no such blocks, or no number of tokens is so cheap.
+    """
+    spec = dense_spec(settings.name, settings.image_size, settings.options)
+    try:
+        linear = spec.model_copy(update={"linear_blocks": settings.linear_blocks})
+        spec = ModelSpec.model_validate(linear.model_dump())
+    except ValidationError as error:
+        raise ConfigError(f"[backbone] linear_blocks: {error.errors()[0]['msg']}") from error
+    if settings.token_macs is None:
+        return spec
+    return with_tokens(spec, settings.token_macs, fuse=settings.fuse_tokens)
+
+
 def pretrain(config: ServerConfig, out: Path, on_progress: OnProgress | None = None) -> Pretrained:
     """Make the first base of a network and write it, with its anchors, below ``out``.
 
@@ -121,7 +141,7 @@ def pretrain(config: ServerConfig, out: Path, on_progress: OnProgress | None = N
             f"[backbone] epochs = {settings.epochs} needs source images; "
             "set [backbone] source to their folder, or epochs to 0"
         )
-    spec = dense_spec(settings.name, settings.image_size, settings.options)
+    spec = shape_of(settings)
     model = _first_weights(spec, settings, config.seed)
     folder = open_folder(settings.source) if settings.source is not None else None
     if folder is not None and settings.epochs:

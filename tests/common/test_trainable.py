@@ -43,11 +43,14 @@ def test_sets_are_nested() -> None:
     assert list(names) == sorted(names)
 
 
-def test_the_default_set_of_a_vit_s_is_seventy_thousand_numbers() -> None:
+def test_the_default_set_of_a_vit_s_is_130_thousand_numbers() -> None:
     spec = backbone.dense_spec("vit_small_patch14_dinov2", 112)
     with torch.device("meta"):
         model = backbone.build(spec)
-    assert 60_000 < trainable_set(model, TrainConfig().trainable).layout.count < 80_000
+    default = TrainConfig()
+    chosen = trainable_set(model, default.trainable, default.rank)
+    assert 120_000 < chosen.layout.count < 140_000
+    assert 60_000 < trainable_set(model, "bias").layout.count < 80_000
 
 
 def test_an_unknown_set_is_refused() -> None:

@@ -26,7 +26,7 @@ from common.messages import (
 )
 from common.step import Step
 from server.status import snapshot
-from tests.lab.network import Lab
+from tests.lab.network import TINY, Lab
 
 LIMIT = 100_000_000
 PRUNE: dict[str, Any] = {"prune_heads": 0.4}
@@ -197,8 +197,9 @@ def test_farms_score_by_the_criterion_of_the_plan(criterion: str, tmp_path: Path
         ({}, {"trainable": "full"}),
         ({}, {"trainable": "lora", "rank": 2, "top": 0.2}),
         ({"source": None, "epochs": 0}, {}),
+        ({"options": TINY | {"depth": 4}, "token_macs": 0.7, "linear_blocks": (1,)}, {}),
     ],
-    ids=["coral", "full", "lora", "no source images"],
+    ids=["coral", "full", "lora", "no source images", "fewer tokens, linear attention"],
 )
 def test_other_settings_reach_the_end(
     backbone: dict[str, Any], train: dict[str, Any], tmp_path: Path
