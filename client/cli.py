@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from client.infer_cli import infer_app
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
@@ -17,8 +18,8 @@ from common.settings import load_settings, validate
 
 if TYPE_CHECKING:
     from client.device import Device
+    from client.infer import Guess
     from client.labels import Labels
-    from client.review import Guess
 
 app = typer.Typer(
     help="Run a farm: its images and its classifier stay here.",
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(infer_app)
 Folder = Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")]
 
 
@@ -205,7 +207,8 @@ def label(
 
 
 def _ask_about(folder: Path, images: Path) -> int:
-    from client.review import images_in, review
+    from client.infer import images_in
+    from client.review import review
 
     device = _device(folder)
     found = images_in(images)

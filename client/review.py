@@ -6,38 +6,21 @@ is skipped is asked about again the next time; what is labelled already is not.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from client.infer import Guess, ranked
 from client.labels import Labels
 from client.serving import Bundle
 from common.duplicates import UNREADABLE
 from common.errors import QualityError
-from common.images import SUFFIXES
 from common.pixels import load_image, normalise
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3
-
-Ask = Callable[["Guess"], "str | None"]
+Ask = Callable[[Guess], str | None]
 """The class that a person says, or None to skip."""
-
-
-@dataclass(frozen=True)
-class Guess:
-    """What a bundle says of an image: the likeliest classes with their probability."""
-
-    image: Path
-    ranked: tuple[tuple[str, float], ...]
-    sure: bool
-
-    @property
-    def label(self) -> str:
-        """The likeliest class."""
-        return self.ranked[0][0]
 
 
 @torch.inference_mode()
@@ -55,20 +38,7 @@ def guess(bundle: Bundle, image: Path) -> Guess:
         logits = bundle.classifier(bundle.model(pixels))[0] / about.temperature
     except RuntimeError as error:
         raise QualityError(f"it cannot be run: {str(error)[:200]}") from error
-    if not torch.isfinite(logits).all():
-        raise QualityError("what it says of an image is no number")
-    probability, place = logits.softmax(0).sort(descending=True)
-    ranked = tuple(
-        (about.classes[int(k)], float(p)) for p, k in zip(probability, place, strict=True)
-    )
-    return Guess(image, ranked[:SHOWN], float(probability[0]) >= about.threshold)
-
-
-def images_in(path: Path) -> list[Path]:
-    """An image, or all images below a folder, in order of their names."""
-    if not path.is_dir():
-        return [path]
-    return sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES)
+    return Guess(image, *ranked(logits.numpy(), about.classes, about.threshold))
 
 
 def unsure(bundle: Bundle, images: Iterable[Path]) -> Iterator[Guess]:

@@ -12,6 +12,8 @@ from common.errors import ConfigError, FieldfedError, StateError
 from common.files import write_atomically
 
 INTERRUPTED = 130
+OPTIONAL = frozenset({"flwr", "onnx", "onnxruntime", "timm", "torch", "torchvision"})
+"""What only some machines have; the extras of pyproject.toml say which."""
 
 LogOption = Annotated[
     Literal["text", "json"], typer.Option("--log", help="log lines for people or for machines")
@@ -25,6 +27,16 @@ def run(app: typer.Typer) -> None:
     except FieldfedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        lacking = (error.name or "").partition(".")[0]
+        if lacking not in OPTIONAL:
+            raise
+        print(
+            f"error: this command needs {lacking}, which is not installed on this machine; install "
+            "fieldfed[client] on a farm's trainer, fieldfed[server] on a server",
+            file=sys.stderr,
+        )
+        sys.exit(ConfigError.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)

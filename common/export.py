@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from onnx import NodeProto, TensorProto, helper
 from timm.models.vision_transformer import VisionTransformer
@@ -26,10 +24,10 @@ from timm.models.vision_transformer import VisionTransformer
 from common.errors import ModelError
 from common.manifest import Tensor
 from common.objects import place_of
+from common.runtime import INPUT, OUTPUT, Runtime
 from common.spec import ModelSpec
 
 OPSET = 18
-INPUT, OUTPUT = "image", "features"
 TOLERANCE = 1e-4
 """Of the largest feature, or of 1: what two ways of adding up the same numbers may differ by."""
 PROBES = 2
@@ -119,31 +117,6 @@ def whole(graph: bytes, objects: Path) -> bytes:
     model = onnx.load_model_from_string(graph)
     onnx.load_external_data_for_model(model, str(objects))
     return cast(bytes, model.SerializeToString(deterministic=True))
-
-
-class Runtime:
-    """A graph in ONNX Runtime.
-
-    Args:
-        graph: as :func:`graph_of` or :func:`whole` has it.
-        objects: the folder of its numbers.
-        threads: 0: as many as there are cores.
-    """
-
-    def __init__(self, graph: bytes, objects: Path, threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(objects.absolute())
-        )
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
-
-    def features(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Images (N, 3, S, S), normalised -> features (N, C)."""
-        return cast(npt.NDArray[np.float32], self._session.run([OUTPUT], {INPUT: images})[0])
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from common.errors import ConfigError, RefusalError, StateError
 from common.files import write_atomically
 from common.manifest import FarmResult, File, Manifest, Tensor, digest_of
 from common.objects import Objects
+from common.runtime import Runtime
 from common.spec import ModelSpec
 from server.models import Models
 from server.provenance import commit
@@ -138,7 +139,7 @@ def _keep_onnx(
     objects: Objects, model: VisionTransformer, spec: ModelSpec, tensors: tuple[Tensor, ...]
 ) -> File:
     graph = export.graph_of(model, spec, tensors)
-    export.require_parity(model, spec, export.Runtime(graph, objects.folder))
+    export.require_parity(model, spec, Runtime(graph, objects.folder))
     return File(kind="onnx-fp32", digest=objects.add(graph), bytes=len(graph))
 
 

@@ -6,51 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
 from client.cli import app
 from client.device import Device
+from client.infer import Guess, images_in
 from client.labels import Labels
-from client.review import Guess, guess, images_in, review
-from client.serving import About, Bundle, Serving
+from client.review import guess, review
+from client.serving import Bundle
 from common.config import FarmConfig
 from common.errors import QualityError
-from common.manifest import Manifest
 from common.settings import load_settings
 from server.publish import load
 from server.registry import Registry
+from tests.lab.bundles import CLASSES, about, favouring, photographs_in, serve, serving_of
 from tests.lab.hub import LabHub
 from tests.lab.network import draw_folder
 from tests.lab.versions import two_versions
-
-CLASSES = ("black rot", "healthy", "scab")
-
-
-def about(registry: Registry, version: int, threshold: float = 1.0) -> About:
-    """What belongs to a classifier that is never sure."""
-    manifest: Manifest = registry.manifest(version)
-    return About(
-        digest=registry.row(version).digest,
-        manifest=manifest,
-        classes=CLASSES,
-        temperature=1.0,
-        threshold=threshold,
-        accuracy=0.9,
-        f1=0.9,
-        committed=datetime.now(UTC),
-    )
-
-
-def favouring(width: int, label: int, weight: float = 2.0) -> nn.Linear:
-    """A classifier that says the same of every image."""
-    classifier = nn.Linear(width, len(CLASSES))
-    with torch.no_grad():
-        classifier.weight.zero_()
-        classifier.bias.zero_()
-        classifier.bias[label] = weight
-    return classifier
 
 
 @pytest.fixture
@@ -74,15 +47,7 @@ def labels(tmp_path: Path) -> Labels:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Four of them, and a file that is none."""
-    folder = tmp_path / "camera"
-    folder.mkdir()
-    for number in range(4):
-        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"img{number}.png")
-    (folder / "broken.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("rain")
-    return folder
+    return photographs_in(tmp_path / "camera")
 
 
 def test_answers_become_labels(bundle: Bundle, labels: Labels, photographs: Path) -> None:
@@ -150,20 +115,12 @@ def farm(tmp_path: Path, registry: Registry) -> Path:
     return folder
 
 
-def serve(farm: Path, registry: Registry, version: int, classifier: nn.Linear) -> None:
-    """Put a version in use on a device."""
-    serving = Serving(farm / "state" / "serving")
-    for digest in registry.manifest(version).weights:
-        serving.objects.add(registry.objects.path(digest).read_bytes())
-    serving.commit(about(registry, version), classifier)
-
-
 def test_a_version_that_fails_in_use_is_given_up(
     farm: Path, registry: Registry, photographs: Path
 ) -> None:
     width = registry.manifest(1).spec.width
-    serve(farm, registry, 1, favouring(width, 1))
-    serve(farm, registry, 2, favouring(width, 0, float("nan")))
+    serve(serving_of(farm), registry, 1, favouring(width, 1))
+    serve(serving_of(farm), registry, 2, favouring(width, 0, float("nan")))
     known = "class0, class1, class2"
     words = "\ny\n" + "scab\nn\nclass1\n" + "-\n" + "class0\n"
     done = CliRunner().invoke(app, ["label", str(farm), str(photographs)], input=words)
@@ -173,7 +130,7 @@ def test_a_version_that_fails_in_use_is_given_up(
     assert f"no class 'healthy'; there are {known}. Is it a new one?" in done.output
     assert f"no class 'scab'; there are {known}, healthy. Is it a new one?" in done.output
     assert done.output.rstrip().endswith("3 images are labelled")
-    serving = Serving(farm / "state" / "serving")
+    serving = serving_of(farm)
     kept = serving.about()
     assert kept is not None
     assert kept.manifest.counter == 1

@@ -19,8 +19,9 @@ from common.backbone import build, dense_spec, macs, tokens_by_block
 from common.budget import unit_costs
 from common.efficient import linear_attention, sampled, token_scores
 from common.errors import ConfigError, ModelError
-from common.export import Runtime, require_parity
+from common.export import require_parity
 from common.mask import Mask
+from common.runtime import Runtime
 from common.sampling import with_tokens
 from common.spec import ModelSpec
 from common.surgery import prune

@@ -11,9 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from common.backbone import build, dense_spec, stored_tensors
 from common.errors import ModelError
-from common.export import Runtime, graph_of, require_parity, whole
+from common.export import graph_of, require_parity, whole
 from common.manifest import Tensor
 from common.objects import Objects
+from common.runtime import Runtime
 from common.spec import ModelSpec
 from tests.lab.network import TINY
 from tests.lab.versions import learnt, model_of, pruned

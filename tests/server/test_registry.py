@@ -10,9 +10,10 @@ import torch
 from common import backbone
 from common.assembly import assemble, require_buildable
 from common.errors import ConfigError, DiskError, RefusalError, RefuseReason, StateError
-from common.export import Runtime, require_parity
+from common.export import require_parity
 from common.files import only_one
 from common.manifest import Channel, Manifest, read_channel, read_manifest
+from common.runtime import Runtime
 from common.signing import KeySet, parsed, read
 from server import publish as publishing
 from server import registry as module

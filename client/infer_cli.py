@@ -1,0 +1,102 @@
+"""``fieldfed-client`` on devices that only classify: bundle, classify, watch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common import logs
+from common.command import LogOption
+from common.errors import DataError
+
+if TYPE_CHECKING:
+    from client.infer import Classifier
+
+BundleFile = Annotated[Path, typer.Argument(help="a file that 'fieldfed-client bundle' wrote")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: all")]
+AsJson = Annotated[bool, typer.Option("--json", help="print a line of JSON per image")]
+
+infer_app = typer.Typer()
+
+
+@infer_app.command(epilog="Example: fieldfed-client bundle farms/apple --out apple.bundle")
+def bundle(
+    folder: Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+) -> None:
+    """Write what this farm serves with as one file, for its devices that only classify."""
+    from client.portable import write_portable
+    from client.serving import Serving
+
+    about = write_portable(Serving(folder / "state" / "serving"), out)
+    size = out.stat().st_size / 1e6
+    print(f"version {about.version}, {len(about.classes)} classes, {size:.1f} MB: {out}")
+
+
+@infer_app.command(epilog="Example: fieldfed-client classify apple.bundle leaf.jpg photos/")
+def classify(
+    bundle: BundleFile,
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say what photographs show, or that it is not sure. An unreadable one stops nothing."""
+    from client.infer import failed, images_in
+    from common.duplicates import UNREADABLE
+
+    classifier = _classifier(bundle, threads)
+    found = [image for path in images for image in images_in(path)]
+    read = 0
+    for image in found:
+        try:
+            guess = classifier.classify(image)
+        except UNREADABLE as error:
+            line = failed(image, error)
+            print(json.dumps(line) if as_json else f"{image}: {line['error']}", file=sys.stderr)
+            continue
+        read += 1
+        print(json.dumps(guess.fields()) if as_json else f"{image}: {guess.words()}", flush=True)
+    if not read:
+        raise DataError(f"none of {len(found)} files could be read as an image")
+
+
+@infer_app.command(epilog="Example: fieldfed-client watch apple.bundle /var/camera --keep-mb 2000")
+def watch(
+    bundle: BundleFile,
+    folder: Annotated[Path, typer.Argument(help="where photographs appear")],
+    results: Annotated[Path | None, typer.Option(help="default: FOLDER/results.jsonl")] = None,
+    marked: Annotated[
+        Path | None, typer.Option(help="folder for copies with the result written on them")
+    ] = None,
+    keep_mb: Annotated[
+        int | None, typer.Option(help="photographs that may stay; default: all", min=1)
+    ] = None,
+    threads: Threads = 0,
+    log: LogOption = "text",
+) -> None:
+    """Classify every photograph that appears in a folder, until Ctrl-C."""
+    from client.watch import Watcher
+
+    logs.start_logging(log)
+    if not folder.is_dir():
+        raise DataError(f"no folder '{folder}'")
+
+    def tell(line: dict[str, Any]) -> None:
+        print(json.dumps(line), flush=True)
+
+    Watcher(
+        _classifier(bundle, threads),
+        folder,
+        results or folder / "results.jsonl",
+        marked=marked,
+        quota=None if keep_mb is None else keep_mb * 1_000_000,
+    ).run(tell)
+
+
+def _classifier(path: Path, threads: int) -> "Classifier":
+    from client.infer import Classifier
+    from common.portable import PortableBundle
+
+    return Classifier(PortableBundle.read(path), threads)
