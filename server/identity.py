@@ -1,7 +1,7 @@
 """The certificate authority of a network, and the certificate of its server.
 
     STATE/identity/
-        issued.jsonl    every certificate that a farm was given, one JSON object a line
+        issued.jsonl    every certificate that a farm was given (server/issued.py)
         ca.key          the authority's private key: whoever has it can be every farm and the server
         ca.crt          its certificate; farms keep a copy and trust nothing else
         server.key      the server's private key
@@ -12,24 +12,21 @@ them; ``create`` then makes the others. Any other gap means that files were lost
 """
 
 import contextlib
-import fcntl
 import ipaddress
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO
 
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from common import certificates
 from common.certificates import Issuer, PrivateKey, PublicKey, Validity
-from common.errors import ConfigError, DiskError, ProtocolError, StateError
+from common.errors import ConfigError, ProtocolError, StateError
 from common.files import append, only_one, write_atomically
+from server.issued import Issued, issued_in, record
 
 CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
 RENEW_BEFORE = timedelta(days=30)
@@ -48,18 +45,6 @@ _REMAKE = f"remove {_SERVER_KEY} and {_SERVER} and create again: both are made a
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 # the last label has a letter: 10.0.0.300 is a mistyped address and no name
 _DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(?:{_LABEL}\.)*(?=[^.]*[A-Za-z][^.]*$){_LABEL}")
-
-
-class Issued(BaseModel):
-    """A certificate that a farm was given; ``key`` is the sha256 of its public key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    farm: str
-    serial: str
-    key: str
-    issued: AwareDatetime
-    expires: AwareDatetime
 
 
 @dataclass(frozen=True)
@@ -158,13 +143,12 @@ class Authority:
             issued=now,
             expires=validity.end,
         )
-        _record(self.folder / _ISSUED, issued)
+        record(self.folder / _ISSUED, issued)
         return certificates.pem(certificate)
 
     def issued(self) -> tuple[Issued, ...]:
         """The certificates that farms were given, oldest first; StateError for a damaged list."""
-        with _locked(self.folder / _ISSUED) as file:
-            return _parse_issued(self.folder / _ISSUED, file.read())[0]
+        return issued_in(self.folder / _ISSUED)
 
     def server_credentials(self, now: datetime | None = None) -> ServerFiles:
         """What the server shows to farms.
@@ -324,50 +308,3 @@ def _asked(request_pem: bytes) -> tuple[str, PublicKey]:
             f"a request for farm {farm[:60]!r}: a name has 1-40 letters, digits, '_' or '-'"
         )
     return farm, key
-
-
-# --- the list of certificates --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
-    """The open list; whoever else wants it waits."""
-    try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-    except OSError as error:
-        why = error.strerror or error
-        raise DiskError(f"cannot use '{path}': {why}; let this user read and write it") from error
-
-
-def _record(path: Path, issued: Issued) -> None:
-    """Append to the list, on disk when this returns; refuses a key of another farm."""
-    with _locked(path) as file:
-        known, end = _parse_issued(path, file.read())
-        for other in known:
-            if other.key == issued.key and other.farm != issued.farm:
-                raise ProtocolError(
-                    f"the key of farm '{issued.farm}' was already given to farm '{other.farm}' "
-                    f"({certificates.shown(other.issued)}), and two devices must not have one "
-                    f"key; move the identity folder of '{issued.farm}' away, so that it makes a "
-                    "key of its own, and join again"
-                )
-        file.truncate(end)
-        append(path, issued.model_dump_json().encode() + b"\n")
-        os.fsync(file.fileno())
-
-
-def _parse_issued(path: Path, data: bytes) -> tuple[tuple[Issued, ...], int]:
-    """The list and where it ends; nobody was given what a line that a crash cut off speaks of."""
-    end = data.rfind(b"\n") + 1
-    found = []
-    for number, line in enumerate(data[:end].splitlines(), 1):
-        try:
-            found.append(Issued.model_validate_json(line))
-        except ValidationError as error:
-            raise StateError(
-                f"line {number} of '{path}' is damaged; restore the file from a backup, or remove "
-                "that line"
-            ) from error
-    return tuple(found), end
