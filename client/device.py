@@ -70,13 +70,14 @@ class Device:
         return Updater(
             device=self.farm.device or self.farm.name,
             channel=self.farm.channel,
-            folder=self._open_folder,
+            folder=self.images,
             serving=self.serving,
             trust=Trust(self._state / "trust.json", self.membership().keys, now),
             labels=self.labels,
         )
 
-    def _open_folder(self) -> FarmFolder:
+    def images(self) -> FarmFolder:
+        """The farm's images; raises DataError."""
         cache = self._state / "images.json"
         return open_folder(
             self.farm.data, per_class=self.farm.per_class, seed=self.farm.seed, cache=cache

@@ -11,7 +11,7 @@ classifier is part of it.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ class PortableAbout(Document):
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     threshold: Ratio
+    precision: Literal["fp32", "int8"] = "fp32"
 
 
 class PortableBundle:

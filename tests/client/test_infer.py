@@ -13,14 +13,16 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.infer import Classifier, Guess
-from client.portable import write_portable
+from client.portable import right, write_portable
 from client.review import guess
 from client.serving import Serving
 from client.watch import Watcher, mark
 from common.errors import ModelError, QualityError, StateError
+from common.images import open_folder
 from common.portable import PortableBundle
 from server.registry import Registry
 from tests.lab.bundles import CLASSES, photographs_in, serve
+from tests.lab.network import draw_folder
 from tests.lab.versions import two_versions
 
 
@@ -103,12 +105,11 @@ def test_what_is_no_number_is_no_answer(bundle: Path, photographs: Path) -> None
         Classifier(read).classify(photographs / "img0.png")
 
 
-def test_the_commands(serving: Serving, tmp_path: Path, photographs: Path) -> None:
+def test_the_commands(farm: Path, tmp_path: Path, photographs: Path) -> None:
     runner, out = CliRunner(), str(tmp_path / "made.bundle")
-    farm = str(tmp_path / "apple")
-    said = runner.invoke(app, ["bundle", farm, "--out", out])
+    said = runner.invoke(app, ["bundle", str(farm), "--out", out])
     assert said.exit_code == 0, said.output
-    assert "version 2, 3 classes" in said.output
+    assert "version 2, 3 classes, fp32" in said.output
     done = runner.invoke(app, ["classify", out, str(photographs), "--json", "--threads", "1"])
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -214,3 +215,53 @@ def test_a_sure_answer_is_named() -> None:
     sure = Guess(Path("a.jpg"), (("scab", 0.91), ("rust", 0.09)), True)
     assert sure.words() == "scab 0.91, rust 0.09"
     assert sure.fields()["class"] == "scab"
+
+
+@pytest.fixture
+def farm(tmp_path: Path, serving: Serving) -> Path:
+    """The farm's folder, with drawn images of its own."""
+    data = draw_folder(tmp_path / "photos", len(CLASSES), 20, 1)
+    for part in ("train", "test"):
+        for number, name in enumerate(CLASSES):
+            (data / part / f"class{number}").rename(data / part / name)
+    made = CliRunner().invoke(app, ["init", str(tmp_path / "apple"), "--data", str(data)])
+    assert made.exit_code == 0, made.output
+    assert serving.current() is not None
+    return tmp_path / "apple"
+
+
+def test_8_bits_are_smaller_and_agree(farm: Path, tmp_path: Path) -> None:
+    plain, small = tmp_path / "fp32.bundle", tmp_path / "int8.bundle"
+    runner = CliRunner()
+    assert runner.invoke(app, ["bundle", str(farm), "--out", str(plain)]).exit_code == 0
+    said = runner.invoke(app, ["bundle", str(farm), "--out", str(small), "--int8"])
+    assert said.exit_code == 0, said.output
+    assert "3 classes, int8" in said.output
+    assert small.stat().st_size < 0.8 * plain.stat().st_size
+    folder = open_folder(tmp_path / "photos")
+    pair = [Classifier(PortableBundle.read(path)) for path in (plain, small)]
+    assert [one.about.precision for one in pair] == ["fp32", "int8"]
+    apart = []
+    for image in folder.decide.paths:
+        shares = [dict(one.classify(image).ranked) for one in pair]
+        apart.append(max(abs(shares[0][name] - shares[1][name]) for name in CLASSES))
+    assert 0 < max(apart) < 0.1
+
+
+def test_8_bits_that_are_worse_are_not_written(
+    farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.9, 0.87])
+    monkeypatch.setattr("client.portable.right", lambda *_: next(shares))
+    out = tmp_path / "int8.bundle"
+    said = CliRunner().invoke(app, ["bundle", str(farm), "--out", str(out), "--int8"])
+    assert isinstance(said.exception, QualityError)
+    assert "right about 0.870" in str(said.exception)
+    assert not out.exists()
+
+
+def test_the_share_that_is_right(classifier: Classifier, farm: Path, tmp_path: Path) -> None:
+    assert farm.is_dir()
+    folder = open_folder(tmp_path / "photos")
+    expected = [classifier.classify(path).label == path.parent.name for path in folder.decide.paths]
+    assert right(classifier, folder) == pytest.approx(np.mean(expected))
