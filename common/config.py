@@ -254,6 +254,13 @@ class HubConfig(Section):
     bytes_per_second: float | None = Field(default=None, gt=0, description="to each farm")
 
 
+class MetricsConfig(Section):
+    """Where Prometheus reads figures, without encryption and so from this machine alone."""
+
+    host: str = Field(default="127.0.0.1", description="to listen on")
+    port: int = Field(default=9464, ge=1, le=65535)
+
+
 class ServerConfig(Section):
     """``server.toml``: everything the server needs."""
 
@@ -265,6 +272,7 @@ class ServerConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
     hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
+    metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:

@@ -61,6 +61,9 @@ min_farms = 1           # farms that must be online before a run starts
 # host = "0.0.0.0"
 # port = 8443
 # names = ["farms.example.org"]   # by which devices reach it
+
+# [metrics]             # figures for Prometheus, on this machine
+# port = 9464
 """
 
 

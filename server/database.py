@@ -19,6 +19,8 @@ Row = TypeVar("Row")
 BUSY_SECONDS = 30.0
 MIGRATION_SECONDS = 5.0
 """That a reader waits for a writer that has just started, before it calls a database too old."""
+PROGRESS_STEPS = 10_000
+"""Of SQLite's virtual machine, between two looks at the clock: well below a millisecond."""
 WAL_PAGES = 8192
 """Of 4 KiB: how long the log grows before it is brought into the database."""
 _DISK_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE})
@@ -64,6 +66,17 @@ class Database:
             connection.close()
             raise
         return cls(path, connection)
+
+    def freeze(self, seconds: float) -> None:
+        """From now on read the state of one instant; a query that ends too late is interrupted.
+
+        Args:
+            seconds: from now, after which every query raises StateError.
+        """
+        end = time.monotonic() + seconds
+        self._db.set_progress_handler(lambda: int(time.monotonic() > end), PROGRESS_STEPS)
+        self._select(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
+        self._select("BEGIN")
 
     def close(self) -> None:
         """Close the connection; nothing is pending."""

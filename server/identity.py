@@ -26,7 +26,7 @@ from common import certificates
 from common.certificates import Issuer, PrivateKey, PublicKey, Validity
 from common.errors import ConfigError, ProtocolError, StateError
 from common.files import append, only_one, write_atomically
-from server.issued import Issued, issued_in, record
+from server.issued import Issued, issued_in, record, seen_in
 
 CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
 RENEW_BEFORE = timedelta(days=30)
@@ -232,6 +232,28 @@ class Authority:
         except ProtocolError as error:
             raise StateError(f"'{self.folder / _CA}' cannot sign: {error}; {_ANEW}") from error
         return Validity(now - EARLIER, min(now + life, ca.not_valid_after_utc))
+
+
+def expiries(folder: Path) -> dict[str, datetime]:
+    """When certificates end: the authority's, the server's and, of the farms', the first to.
+
+    Of each farm its newest counts. No private key is read: who watches needs none.
+
+    Raises:
+        StateError: a certificate or the list of them is missing or damaged.
+    """
+    ends = {
+        holder: certificates.read_certificate(folder / name, remedy).not_valid_after_utc
+        for holder, name, remedy in (
+            ("authority", _CA, _RESTORE),
+            ("server", _SERVER, _REMAKE),
+        )
+    }
+    try:
+        newest = {one.farm: one.expires for one in seen_in(folder / _ISSUED)}
+    except OSError as error:
+        raise StateError(f"'{folder / _ISSUED}': {error.strerror}; {_RESTORE}") from error
+    return ends | ({"farms": min(newest.values())} if newest else {})
 
 
 def _read_pair(

@@ -40,6 +40,16 @@ def issued_in(path: Path) -> tuple[Issued, ...]:
         return _parse(path, file.read())[0]
 
 
+def seen_in(path: Path) -> tuple[Issued, ...]:
+    """The same without waiting for whoever writes, for a reader that may not write.
+
+    Raises:
+        StateError: a line is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    return _parse(path, path.read_bytes())[0]
+
+
 def record(path: Path, issued: Issued) -> None:
     """Append to the list; it is on disk when this returns.
 

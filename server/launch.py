@@ -3,6 +3,7 @@
     SuperLink   one port on 127.0.0.1: farms fetch work from it, commands start runs on it
     SuperExec   asks the SuperLink for runs and starts our ServerApp (server/app.py) for each
     hub         hands signed models to devices (server/hub.py), where one is configured
+    metrics     shows figures to Prometheus (server/metrics.py), where they are configured
 
 They are separate processes that share a secret: nobody else on the machine can take a run's token,
 and a run survives a restart of the SuperLink. Everything lies below the state folder; both are
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.config import HubConfig, ServerConfig
+from common.config import HubConfig, MetricsConfig, ServerConfig
 from common.errors import LaunchError
 from common.files import write_atomically
 from common.processes import (
@@ -131,12 +132,14 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     env = flower_environment(network.state_dir)
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
     hub = None if config.hub is None else _hub(network, config.hub)
+    metrics = None if config.metrics is None else _metrics(network, config.metrics)
     with terminate_like_interrupt(), Supervisor() as supervisor:
         listening = partial(wait_for_port, network.host, network.port, START_SECONDS, superlink)
         supervisor.start(superlink, ready=listening)
         supervisor.start(superexec)
-        if hub is not None:
-            supervisor.start(hub)
+        for child in (hub, metrics):
+            if child is not None:
+                supervisor.start(child)
         log.info("farms reach this server at %s", network.address)
         yield network
 
@@ -190,6 +193,14 @@ def _hub(network: Network, config: HubConfig) -> Child:
     require_free_port(config.host, config.port, "[hub] port")
     command = [sys.executable, "-P", "-m", "server.hub", str(network.state_dir)]
     return Child("hub", lambda: command, logs_of(network.state_dir) / "hub.log", dict(os.environ))
+
+
+def _metrics(network: Network, config: MetricsConfig) -> Child:
+    require_loopback(config.host, "[metrics] host")
+    require_free_port(config.host, config.port, "[metrics] port")
+    command = [sys.executable, "-P", "-m", "server.metrics", str(network.state_dir)]
+    log_file = logs_of(network.state_dir) / "metrics.log"
+    return Child("metrics", lambda: command, log_file, dict(os.environ))
 
 
 # --- runs ----------------------------------------------------------------------------------------

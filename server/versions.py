@@ -70,6 +70,9 @@ _REMOVE = (
 )
 
 
+RolloutState = Literal["running", "paused", "done", "aborted"]
+
+
 @dataclass(frozen=True)
 class VersionRow:
     """A version; ``document`` is its signed manifest, ``removed`` when its objects were let go."""
@@ -120,7 +123,7 @@ class RolloutRow:
     document: str
     plan: str
     stage: int
-    state: Literal["running", "paused", "done", "aborted"]
+    state: RolloutState
     since: float
     detail: str
 
