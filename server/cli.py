@@ -173,8 +173,8 @@ def train(
 
     # only now: what follows takes seconds to import
     from server.launch import Network
-    from server.rounds import RunSettings
     from server.runs import play
+    from server.settings import RunSettings
 
     settings = validate(RunSettings, {"config": config, "label": label}, "train")
     row = play(Network.of(config, folder), settings, Console())

@@ -38,8 +38,8 @@ from server.plants import draw_dataset
 from server.pretrain import pretrain
 from server.provenance import provenance
 from server.report import write_report
-from server.rounds import RunSettings
 from server.runs import play
+from server.settings import RunSettings
 from server.store import Store
 from server.story import Story, terminal_table
 from server.summary import summarise

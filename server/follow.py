@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from common.errors import FieldfedError, LaunchError
-from server.rounds import RunSettings
 from server.rows import RunRow
+from server.settings import RunSettings
 from server.store import Store
 
 POLL_SECONDS = 1.0
@@ -77,7 +77,7 @@ def _latest(store_path: Path, settings: RunSettings, after: int, show: Show) -> 
     store = Store.open(store_path, read_only=True)
     try:
         run = store.latest_run()
-        if run is None or run.config_json != settings.model_dump_json():
+        if run is None or not settings.are_those_of(run.config_json):
             return None
         if run.run <= after and run.state != "running":
             return None

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from common import backbone
-from common.config import RoundConfig, ServerConfig
+from common.config import RoundConfig
 from common.errors import DiskError, FieldfedError, StateError
 from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
-from common.messages import HelloRequest, Label
+from common.messages import HelloRequest
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, quorum_of
 from server.guard import accuracies, judge
@@ -33,28 +32,11 @@ from server.privacy import over_budget
 from server.requests import Requests
 from server.rows import GUARD, RoundKind, VerdictRow
 from server.search import planned
+from server.settings import RunSettings
 from server.spool import Spool
 from server.store import Store
 
 log = logging.getLogger(__name__)
-
-
-class RunSettings(BaseModel):
-    """What one run does; written by the command that starts it, read by the server process."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    config: ServerConfig
-    label: Label = "model"
-    probe: bool = Field(default=True, description="report the base before the first round")
-    local_rounds: int = Field(default=0, ge=0, description="report the local-only baseline")
-
-    @field_validator("label")
-    @classmethod
-    def _not_a_baseline(cls, label: str) -> str:
-        if label in ("probe", "local", GUARD):
-            raise ValueError(f"'{label}' names a baseline; choose another label")
-        return label
 
 
 class WallClock:
@@ -89,14 +71,14 @@ def run_rounds(
 
 def start_or_resume(settings: RunSettings, store: Store, models: Models, state_dir: Path) -> int:
     """The run to work on: the last one when it is unfinished and the same, else a new one."""
-    text = settings.model_dump_json()
     last = store.latest_run()
-    if last is not None and last.state == "running" and last.config_json == text:
+    if last is not None and last.state == "running" and settings.are_those_of(last.config_json):
         log.info("run %d continues", last.run)
         return last.run
     model, spec = backbone.load_backbone(state_dir / "base.safetensors")
     base, mask = models.save(model, spec), Mask.dense(spec)
     models.import_anchors(mask.digest, state_dir / "anchors.safetensors")
+    text = settings.model_dump_json()
     run = store.start_run(text, settings.config.seed, base, mask.to_json(), settings.label)
     log.info("run %d starts from backbone %s", run, base[:12])
     return run

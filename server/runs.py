@@ -17,8 +17,8 @@ from common.errors import LaunchError
 from common.files import write_atomically
 from server.follow import follow, last_run
 from server.launch import Network, run_status, stop_run, submit_run
-from server.rounds import RunSettings
 from server.rows import RunRow
+from server.settings import RunSettings
 from server.store import Store
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from common.config import (
 from common.mask import Mask
 from server.models import Models
 from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain
-from server.rounds import RunSettings, WallClock, run_rounds
+from server.rounds import WallClock, run_rounds
+from server.settings import RunSettings
 from server.store import opened_run
 from tests.lab.link import LabLink
 

@@ -32,7 +32,8 @@ from common.layout import Layout
 from common.messages import AlignReply, Reply, Request
 from common.trainable import trainable_set
 from server.models import Models
-from server.rounds import RunSettings, run_rounds
+from server.rounds import run_rounds
+from server.settings import RunSettings
 from server.store import Store
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.benchmarks.plants import SHARED, WEIGHTS

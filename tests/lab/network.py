@@ -20,7 +20,8 @@ from common.config import (
 )
 from common.messages import Reply, Request, from_parts, to_parts
 from server.pretrain import pretrain
-from server.rounds import RunSettings, run_rounds
+from server.rounds import run_rounds
+from server.settings import RunSettings
 from server.store import Store
 from tests.lab.link import Fault, LabClock, LabLink, work
 from tests.lab.simulation import SimClock, SimFarm, SimLink

@@ -12,8 +12,8 @@ from common.errors import LaunchError
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.launch import Network, RunStatus
-from server.rounds import RunSettings
 from server.runs import ActiveRun, Keeper, play
+from server.settings import RunSettings
 from server.store import Store
 
 SPEC = ModelSpec(name="any", image_size=32, heads=(2,), neurons=(8,), head_width=4, width=8)
