@@ -97,8 +97,8 @@ class Classifier:
             OSError, SyntaxError, ValueError: the file is not a readable image.
             ModelError, QualityError: the bundle cannot be run, or says what is no number.
         """
-        begin, spec = time.perf_counter(), self.about.spec
-        pixels = normalise(load_image(image, spec.image_size)[None], spec)
+        begin = time.perf_counter()
+        pixels = normalise(load_image(image, self.about.image_size)[None], self.about)
         features = self._runtime.features(pixels)[0]
         logits = (self._bundle.weight @ features + self._bundle.bias) / self.about.temperature
         best, sure = ranked(logits, self.about.classes, self.about.threshold)

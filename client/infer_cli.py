@@ -10,7 +10,7 @@ import typer
 from common import logs
 from common.command import LogOption
 from common.config import FarmConfig
-from common.errors import DataError
+from common.errors import DataError, StateError
 from common.settings import load_settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,39 @@ def bundle(
     about = write_portable(device.serving, out, device.images if int8 else None)
     size, classes = out.stat().st_size / 1e6, len(about.classes)
     print(f"version {about.version}, {classes} classes, {about.precision}, {size:.1f} MB: {out}")
+
+
+@infer_app.command(epilog="Example: fieldfed-client distil farms/apple --out small.bundle")
+def distil(
+    folder: Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+    student: Annotated[str, typer.Option(help="a timm network")] = "mobilenetv3_small_100",
+    weights: Annotated[Path | None, typer.Option(help="safetensors to begin with")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits: smaller and faster")] = False,
+    log: LogOption = "text",
+) -> None:
+    """Teach a small network what this farm serves with, and write it as a bundle."""
+    from client.device import Device
+    from client.distil import portable_student, teach
+    from client.portable import in_8_bits
+    from common.config import DistilConfig
+
+    logs.start_logging(log)
+    device = Device(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
+    teacher, images = device.serving.current(), device.images()
+    if teacher is None:
+        raise StateError(f"no version is in use; get one with: fieldfed-client update {folder}")
+    config = DistilConfig(student=student, weights=weights, epochs=epochs, seed=seed)
+    made = teach(teacher, images, config)
+    bundle = portable_student(made, teacher)
+    bundle = in_8_bits(bundle, images) if int8 else bundle
+    bundle.write(out)
+    print(
+        f"{student}: right about {made.accuracy:.3f} of the decide part, its teacher about "
+        f"{made.teacher_accuracy:.3f}; {out.stat().st_size / 1e6:.1f} MB: {out}"
+    )
 
 
 @infer_app.command(epilog="Example: fieldfed-client classify apple.bundle leaf.jpg photos/")

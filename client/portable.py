@@ -32,11 +32,15 @@ def portable(bundle: Bundle, serving: Serving) -> PortableBundle:
     about, spec = bundle.about, bundle.about.manifest.spec
     objects = serving.objects.folder
     graph = whole(graph_of(bundle.model, spec, about.manifest.tensors), objects)
-    require_parity(bundle.model, spec, Runtime(graph))
+    require_parity(bundle.model, spec.image_size, Runtime(graph))
     return PortableBundle(
         PortableAbout(
             version=about.manifest.counter,
-            spec=spec,
+            backbone=spec.name,
+            width=spec.width,
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
             classes=about.classes,
             temperature=about.temperature,
             threshold=about.threshold,
@@ -54,12 +58,13 @@ def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:
         QualityError: it is right about fewer images than is worth it.
         DataError: no image can be read.
     """
-    spec = bundle.about.spec
-    side = spec.image_size
+    about = bundle.about
     chosen = np.random.default_rng(0).permutation(len(folder.fit))[:CALIBRATION_IMAGES]
-    images = (normalise(load_image(folder.fit.paths[n], side)[None], spec) for n in chosen)
+    images = (
+        normalise(load_image(folder.fit.paths[n], about.image_size)[None], about) for n in chosen
+    )
     small = PortableBundle(
-        bundle.about.model_copy(update={"precision": "int8"}),
+        about.model_copy(update={"precision": "int8"}),
         quantised(bundle.graph, images),
         bundle.weight,
         bundle.bias,

@@ -20,6 +20,7 @@ import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from common.errors import ModelError
 from common.manifest import Tensor
@@ -43,8 +44,8 @@ def graph_of(model: VisionTransformer, spec: ModelSpec, tensors: Iterable[Tensor
     Raises:
         ModelError: the backbone cannot be written as ONNX.
     """
-    exported = onnx.load_model_from_string(_exported(model.eval(), spec))
-    graph, stored = exported.graph, {tensor.name: tensor for tensor in tensors}
+    whole_model = onnx.load_model_from_string(exported(model.eval(), spec.image_size))
+    graph, stored = whole_model.graph, {tensor.name: tensor for tensor in tensors}
     numbers = {one.name: one for one in graph.initializer if one.name in stored}
     others = [one for one in graph.initializer if one.name not in stored]
     strange = [one.name for one in others if math.prod(one.dims) > MOST_CONSTANTS]
@@ -60,14 +61,18 @@ def graph_of(model: VisionTransformer, spec: ModelSpec, tensors: Iterable[Tensor
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*casts, *nodes])
-    helper.set_model_props(exported, {"spec": spec.to_json()})
-    return cast(bytes, exported.SerializeToString(deterministic=True))
+    helper.set_model_props(whole_model, {"spec": spec.to_json()})
+    return cast(bytes, whole_model.SerializeToString(deterministic=True))
 
 
-def _exported(model: VisionTransformer, spec: ModelSpec) -> bytes:
-    """As torch writes it, numbers and all."""
+def exported(model: nn.Module, side: int) -> bytes:
+    """Any network that takes images of that side to features, numbers and all.
+
+    Raises:
+        ModelError: it cannot be written as ONNX.
+    """
     target = io.BytesIO()
-    image = torch.zeros(1, 3, spec.image_size, spec.image_size)
+    image = torch.zeros(1, 3, side, side)
     axes = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter that keeps names, and of traced shapes
@@ -84,7 +89,7 @@ def _exported(model: VisionTransformer, spec: ModelSpec) -> bytes:
                 dynamic_axes=axes,
             )
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-            raise ModelError(f"{spec.name} cannot be written as ONNX: {error}") from error
+            raise ModelError(f"it cannot be written as ONNX: {error}") from error
     return target.getvalue()
 
 
@@ -120,18 +125,16 @@ def whole(graph: bytes, objects: Path) -> bytes:
 
 
 @torch.inference_mode()
-def require_parity(model: VisionTransformer, spec: ModelSpec, runtime: Runtime) -> float:
+def require_parity(model: nn.Module, side: int, runtime: Runtime) -> float:
     """Compare both forms on drawn images; returns the largest difference.
 
     Raises:
         ModelError: it is above :data:`TOLERANCE`.
     """
-    shape = PROBES, 3, spec.image_size, spec.image_size
+    shape = PROBES, 3, side, side
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     expected = model.eval()(torch.from_numpy(images)).numpy()
     worst = float(np.abs(runtime.features(images) - expected).max())
     if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise ModelError(
-            f"{spec.name}: ONNX Runtime and torch differ by {worst:.2g}; nothing is published"
-        )
+        raise ModelError(f"ONNX Runtime and torch differ by {worst:.2g}; nothing is written")
     return worst

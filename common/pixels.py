@@ -6,12 +6,13 @@ Shape legend: B batch, S image side in pixels, C colour channels.
 """
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from common.spec import ModelSpec
+from common.spec import Triple
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -33,7 +34,17 @@ def load_image(path: Path, side: int) -> Pixels:
     return _cut(image, side, (width - edge) / 2, (height - edge) / 2, edge, edge)
 
 
-def normalise(pixels: Pixels | Floats, spec: ModelSpec) -> Floats:
+class Colours(Protocol):
+    """Mean and deviation of the colours that a network was made for, 0..1; a spec has them."""
+
+    @property
+    def mean(self) -> Triple: ...  # noqa: D102
+
+    @property
+    def std(self) -> Triple: ...  # noqa: D102
+
+
+def normalise(pixels: Pixels | Floats, spec: Colours) -> Floats:
     """Pixels 0..255 (...,S,S,3) to what the backbone expects, (...,3,S,S) float32."""
     mean = np.array(spec.mean, dtype=np.float32) * 255
     std = np.array(spec.std, dtype=np.float32) * 255

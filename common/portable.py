@@ -3,7 +3,7 @@
     graph    uint8            the backbone as ONNX, its numbers inside
     weight   fp32 (K, C)      the farm's classifier of K classes
     bias     fp32 (K,)
-    metadata "about"          JSON: version, spec, class names, temperature, threshold
+    metadata "about"          JSON: version, input, class names, temperature, threshold
 
 A farm's own trainer makes it (``fieldfed-client bundle``), and it stays within the farm: the
 classifier is part of it.
@@ -24,7 +24,7 @@ from common.files import write_atomically
 from common.manifest import Counter53
 from common.messages import Ratio
 from common.signing import Document
-from common.spec import ModelSpec
+from common.spec import Triple
 from common.tensors import header_of
 
 Floats = npt.NDArray[np.float32]
@@ -35,7 +35,11 @@ class PortableAbout(Document):
 
     format: int = Field(default=1, ge=1, le=1)
     version: Counter53
-    spec: ModelSpec
+    backbone: Annotated[str, Field(max_length=100)]
+    width: Annotated[int, Field(ge=1, le=65536)]
+    image_size: Annotated[int, Field(ge=16, le=2048)]
+    mean: Triple
+    std: Triple
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     threshold: Ratio
@@ -74,7 +78,7 @@ class PortableBundle:
         except (SafetensorError, ValidationError, json.JSONDecodeError, *_WRONG) as error:
             raise ModelError(f"'{path}' is no bundle, or is damaged; make it again") from error
         if (weight.shape, bias.shape) != (
-            (len(about.classes), about.spec.width),
+            (len(about.classes), about.width),
             (len(about.classes),),
         ):
             raise ModelError(f"'{path}': its classifier does not fit its classes; make it again")

@@ -139,7 +139,7 @@ def _keep_onnx(
     objects: Objects, model: VisionTransformer, spec: ModelSpec, tensors: tuple[Tensor, ...]
 ) -> File:
     graph = export.graph_of(model, spec, tensors)
-    export.require_parity(model, spec, Runtime(graph, objects.folder))
+    export.require_parity(model, spec.image_size, Runtime(graph, objects.folder))
     return File(kind="onnx-fp32", digest=objects.add(graph), bytes=len(graph))
 
 

@@ -70,7 +70,7 @@ def test_both_forms_find_the_same_features(tmp_path: Path, make: Callable[[], Ma
     model, spec = made = make()
     graph, objects = written(tmp_path, made)
     runtime = Runtime(graph, objects.folder)
-    assert require_parity(model, spec, runtime) < 1e-4
+    assert require_parity(model, spec.image_size, runtime) < 1e-4
     batch = np.zeros((5, 3, spec.image_size, spec.image_size), np.float32)
     assert runtime.features(batch).shape == (5, model.num_features)
     file = Runtime(whole(graph, objects.folder), tmp_path / "nowhere")
@@ -94,7 +94,7 @@ def test_another_backbone_behind_the_graph_is_seen(tmp_path: Path) -> None:
     graph, objects = written(tmp_path, dense())
     model, spec = model_of()
     with pytest.raises(ModelError, match="ONNX Runtime and torch differ by"):
-        require_parity(learnt(model, 2), spec, Runtime(graph, objects.folder))
+        require_parity(learnt(model, 2), spec.image_size, Runtime(graph, objects.folder))
 
 
 def test_numbers_that_are_no_objects_are_not_published(tmp_path: Path) -> None:

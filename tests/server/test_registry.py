@@ -141,7 +141,7 @@ def test_an_export_needs_no_registry(tmp_path: Path) -> None:
     model, spec = backbone.load_backbone(tmp_path / "out" / "model.safetensors")
     assert backbone.digest(model, spec) == seen(registry, 2).backbone
     graph = (tmp_path / "out" / "model-fp32.onnx").read_bytes()
-    require_parity(model, spec, Runtime(graph, tmp_path / "nowhere"))
+    require_parity(model, spec.image_size, Runtime(graph, tmp_path / "nowhere"))
     keys = json.loads((tmp_path / "out" / "keys.json").read_text())["body"]
     document = (tmp_path / "out" / "manifest.json").read_text()
     assert read_manifest(document, KeySet.model_validate_json(keys), NOW)[1].counter == 2

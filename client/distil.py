@@ -1,0 +1,222 @@
+"""A small convolutional network learns from what a farm serves with, on the farm's own images.
+
+The teacher sees every augmented image that the student sees. The student that is right about most
+of the decide part, of all epochs, is kept and calibrated there, as a version is.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from client.serving import Bundle
+from client.shadow import best_temperature, sure_from
+from common import distil, fit
+from common.backbone import read_tensors
+from common.config import DistilConfig, TrainConfig
+from common.errors import ModelError
+from common.export import exported, require_parity
+from common.heads import evaluation_mode
+from common.images import FarmFolder, Part
+from common.portable import PortableAbout, PortableBundle
+from common.runtime import Runtime
+from common.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class Student(nn.Module):
+    """A timm network without its classifier: images (B,3,S,S) -> features (B,C).
+
+    Args:
+        name: of the architecture.
+        weights: a safetensors file of it, or None: random.
+        seed: of random weights.
+
+    Raises:
+        ModelError: timm does not know it, or the weights are not its own.
+    """
+
+    def __init__(self, name: str, weights: Path | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if name not in timm.list_models():
+            raise ModelError(f"timm has no '{name}'; take for example mobilenetv3_small_100")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        self.network, self.name, self.width = network, name, int(network.head_hidden_size)
+        self.images, self.features, self.map = (torch.empty(0) for _ in range(3))
+        if weights is not None:
+            self._load(weights)
+
+    def _load(self, path: Path) -> None:
+        mine = self.network.state_dict()
+        found = {name: one for name, one in read_tensors(path).items() if name in mine}
+        try:
+            self.network.load_state_dict(found)
+        except RuntimeError as error:
+            first = " ".join(str(error).split())[:200]
+            raise ModelError(f"'{path}' has not the weights of {self.name}: {first}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features; images, features and map stay here until the next call."""
+        network: Any = self.network
+        found = network.forward_features(images)
+        self.images, self.map = images, distil.energy(found)
+        self.features = network.forward_head(found, pre_logits=True)
+        return self.features
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A student with its classifier, and how often both it and its teacher are right."""
+
+    student: Student
+    classifier: nn.Linear
+    temperature: float
+    threshold: float
+    accuracy: float
+    teacher_accuracy: float
+
+
+class _Lesson:
+    """alpha T^2 KL + beta |maps|^2 of the images that the student has just seen."""
+
+    def __init__(
+        self,
+        config: DistilConfig,
+        teacher: Bundle,
+        maps: list[Tensor],
+        student: Student,
+        classifier: nn.Linear,
+    ) -> None:
+        self._config, self._teacher, self._maps = config, teacher, maps
+        self._student, self._classifier = student, classifier
+
+    def __call__(self) -> Tensor:
+        with torch.no_grad():
+            answers = self._teacher.classifier(self._teacher.model(self._student.images))
+        config, said = self._config, self._classifier(self._student.features.float())
+        soft = distil.soft_answers(said, answers, config.temperature)
+        apart = distil.map_distance(self._student.map.float(), self._maps[0])
+        return config.alpha * soft + config.beta * apart
+
+
+def teach(
+    teacher: Bundle, folder: FarmFolder, config: DistilConfig, *, autocast: bool = False
+) -> Distilled:
+    """Train a student on the fit part and choose its best epoch on the decide part.
+
+    Raises:
+        ModelError: an unknown student, or a teacher without a map.
+        QualityError: training diverged.
+        DataError: no image can be read.
+    """
+    spec = teacher.about.manifest.spec
+    if teacher.about.classes != folder.classes:
+        raise ModelError(
+            "the farm's classes are others than those of the version in use; let it learn the next "
+            "version first: fieldfed-client update"
+        )
+    student = Student(config.student, config.weights, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        classifier = nn.Linear(student.width, len(folder.classes))
+    best = _Best(student, classifier, folder.decide, spec)
+    steps = folder.fit.batch_count(config.batch_size, train=True)
+
+    def look(step: fit.Step) -> None:
+        if (step.number + 1) % steps == 0:
+            best.look((step.number + 1) // steps, step.loss)
+
+    teacher.model.eval()
+    with distil.attention_map(teacher.model, spec) as maps:
+        fit.train_epochs(
+            student,
+            classifier,
+            folder.fit,
+            spec,
+            TrainConfig(
+                lr=config.lr,
+                classifier_lr=config.lr,
+                batch_size=config.batch_size,
+                weight_decay=config.weight_decay,
+            ),
+            trainable=[name for name, _ in student.named_parameters()],
+            seed=config.seed,
+            autocast=autocast,
+            penalty=_Lesson(config, teacher, maps, student, classifier),
+            epochs=config.epochs,
+            on_step=look,
+        )
+    return best.calibrated(teacher)
+
+
+class _Best:
+    """The student of the epoch that was right most often on the decide part, the first of them."""
+
+    def __init__(
+        self, student: Student, classifier: nn.Linear, part: Part, spec: ModelSpec
+    ) -> None:
+        self._student, self._classifier, self._part, self._spec = student, classifier, part, spec
+        self._accuracy = -1.0
+        self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    def look(self, epoch: int, loss: float) -> None:
+        """Judge what there is, and keep it if it is the best so far."""
+        with evaluation_mode(self._student, self._classifier):
+            found = fit.evaluate(self._classifier, *self._extract(self._student))
+        log.info("epoch %d: loss %.3f, decide accuracy %.3f", epoch, loss, found.accuracy)
+        if found.accuracy > self._accuracy:
+            self._accuracy = found.accuracy
+            modules = self._student.state_dict(), self._classifier.state_dict()
+            self._kept = copy.deepcopy(modules[0]), copy.deepcopy(modules[1])
+
+    def calibrated(self, teacher: Bundle) -> Distilled:
+        """With temperature and threshold, and the teacher judged on the same images."""
+        assert self._kept is not None
+        self._student.load_state_dict(self._kept[0])
+        self._classifier.load_state_dict(self._kept[1])
+        self._student.eval()
+        features, labels = self._extract(self._student)
+        with torch.inference_mode():
+            logits = self._classifier(features)
+        temperature = best_temperature(logits, labels)
+        threshold = sure_from(logits / temperature, labels)
+        judged = fit.evaluate(teacher.classifier, *self._extract(teacher.model))
+        return Distilled(
+            self._student,
+            self._classifier,
+            temperature,
+            threshold,
+            self._accuracy,
+            judged.accuracy,
+        )
+
+    def _extract(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        return fit.extract(model, self._part, self._spec)
+
+
+def portable_student(made: Distilled, teacher: Bundle) -> PortableBundle:
+    """A student as ONNX and numbers; raises ModelError where ONNX Runtime says something else."""
+    spec = teacher.about.manifest.spec
+    graph = exported(made.student, spec.image_size)
+    require_parity(made.student, spec.image_size, Runtime(graph))
+    about = PortableAbout(
+        version=teacher.about.manifest.counter,
+        backbone=made.student.name,
+        width=made.student.width,
+        image_size=spec.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        classes=teacher.about.classes,
+        temperature=made.temperature,
+        threshold=made.threshold,
+    )
+    weight, bias = made.classifier.weight.detach(), made.classifier.bias.detach()
+    return PortableBundle(about, graph, weight.numpy(), bias.numpy())
