@@ -21,8 +21,10 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -P -m pytest -m "not system"
 
-# What takes longer: farms that sleep, bad and rural links, versions on real photographs, 4 GB of replies.
+# What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
+# photographs, 4 GB of replies, a broker.
 system: $(STAMP)
+	@.ci/debian mosquitto
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)

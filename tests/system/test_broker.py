@@ -1,0 +1,279 @@
+"""A real broker that is gone for a while, and a device that is killed meanwhile: nothing is lost.
+
+The same with paho alone, which keeps in memory what it has not sent, shows what the outbox is for.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from common.mqtt import Broker, Connection, Seen
+from common.outbox import Outbox
+from common.processes import Child, free_port, stop_all, wait_for_port
+from tests.waiting import wait_until
+
+MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.system,
+    pytest.mark.skipif(MOSQUITTO is None, reason="the broker 'mosquitto' is not installed"),
+]
+
+RESULTS = 10_000
+KILLED_AFTER = 4_000
+SETTINGS = """
+user root
+listener {port} 127.0.0.1
+allow_anonymous true
+persistence true
+persistence_location {folder}/
+max_queued_messages 0
+"""
+
+OURS = """
+import json, sys
+from pathlib import Path
+from common.mqtt import Broker, Connection
+from common.outbox import Outbox
+port, _, end = map(int, sys.argv[2:])
+with Outbox.open(Path(sys.argv[1])) as outbox:
+    known = outbox.waiting(1_000_000)
+    start = json.loads(known[-1].payload)["number"] + 1 if known else 0
+    with Connection(Broker(host="127.0.0.1", port=port), "valley", "oak", outbox) as connection:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for number in range(start, end):
+            connection.put("result", {"number": number})
+            print(number, flush=True)
+        sys.stdin.readline()
+"""
+
+PAHO = """
+import json, sys
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
+port, start, end = map(int, sys.argv[2:])
+client = Client(CallbackAPIVersion.VERSION2, "oak", clean_session=False)
+client.reconnect_delay_set(1, 1)
+client.connect_async("127.0.0.1", port)
+client.loop_start()
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(start, end):
+    body = json.dumps({"number": number, "id": number + 1})
+    client.publish("fieldfed/valley/oak/result", body, qos=1)
+    print(number, flush=True)
+sys.stdin.readline()
+"""
+
+
+class Mosquitto:
+    """A broker that comes and goes, and remembers over a stop what it has to deliver."""
+
+    def __init__(self, folder: Path, more: str = "") -> None:
+        self.port = free_port()
+        folder.mkdir()
+        self._settings = folder / "mosquitto.conf"
+        self._settings.write_text(SETTINGS.format(port=self.port, folder=folder) + more)
+        command = [str(MOSQUITTO), "-c", str(self._settings)]
+        self._child = Child("mosquitto", lambda: command, folder / "mosquitto.log")
+
+    def start(self) -> None:
+        self._child.start()
+        wait_for_port("127.0.0.1", self.port, 20, self._child)
+
+    def stop(self) -> None:
+        stop_all([self._child], 10)
+
+
+@dataclass
+class Device:
+    """A process that puts results once it is told to, and goes on until it is told again."""
+
+    process: "subprocess.Popen[str]"
+
+    def tell(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def heard(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def put(self, end: int) -> None:
+        """Let it put until it has said that the one before ``end`` is put."""
+        self.tell()
+        while (line := self.heard()) != str(end - 1):
+            assert line, "the device ended"
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def end(self) -> None:
+        self.tell()
+        self.process.wait(20)
+
+
+@contextmanager
+def device(script: str, folder: Path, port: int, start: int, end: int) -> Iterator[Device]:
+    arguments = [str(folder / "outbox.db"), *map(str, (port, start, end))]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            found = Device(process)
+            assert found.heard() == "ready"
+            yield found
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@dataclass
+class Server:
+    """Who receives: numbers as they come for the first time, and whether the device is there."""
+
+    numbers: list[int] = field(default_factory=list)
+    availability: list[bytes] = field(default_factory=list)
+    again: int = 0
+    seen: Seen = field(default_factory=Seen)
+
+    def take(self, topic: str, payload: bytes, _retained: bool) -> None:
+        if topic.endswith("/availability"):
+            self.availability.append(payload)
+            return
+        body = json.loads(payload)
+        if self.seen.first(topic.split("/")[2], body["id"]):
+            self.numbers.append(body["number"])
+        else:
+            self.again += 1
+
+
+@dataclass
+class Valley:
+    """A broker, and a server that has subscribed there."""
+
+    broker: Mosquitto
+    server: Server
+    connection: Connection
+
+
+@pytest.fixture
+def valley(tmp_path: Path) -> Iterator[Valley]:
+    with ExitStack() as stack:
+        broker, server = Mosquitto(tmp_path / "broker"), Server()
+        stack.callback(broker.stop)
+        broker.start()
+        outbox = stack.enter_context(Outbox.open(tmp_path / "server.db"))
+        connection = Connection(
+            Broker(host="127.0.0.1", port=broker.port),
+            "valley",
+            "server",
+            outbox,
+            server.take,
+            session_seconds=3600,
+            first_pause=0.1,
+        )
+        connection.subscribe("fieldfed/valley/+/result")
+        connection.subscribe("fieldfed/valley/+/availability")
+        stack.enter_context(connection)
+        # its own "online", retained, comes back once the broker knows what it subscribes to
+        wait_until(lambda: server.availability, 20, "the server's subscription")
+        server.availability.clear()
+        yield Valley(broker, server, connection)
+
+
+def away(valley: Valley, script: str, folder: Path) -> None:
+    """Put all results while the broker is gone, kill the device in the middle; end it at last."""
+    port = valley.broker.port
+    with device(script, folder, port, 0, RESULTS) as oak:
+        valley.broker.stop()
+        oak.put(KILLED_AFTER)
+        oak.kill()
+    with device(script, folder, port, KILLED_AFTER, RESULTS) as oak:
+        oak.put(RESULTS)
+        valley.broker.start()
+        numbers = valley.server.numbers
+        wait_until(lambda: numbers and numbers[-1] == RESULTS - 1, 200, "the last result")
+        oak.end()
+
+
+def test_all_results_arrive_in_order_and_once(valley: Valley, tmp_path: Path) -> None:
+    away(valley, OURS, tmp_path)
+    assert valley.server.numbers == list(range(RESULTS))
+
+
+def test_paho_alone_loses_what_the_killed_process_had_not_sent(
+    valley: Valley, tmp_path: Path
+) -> None:
+    away(valley, PAHO, tmp_path)
+    numbers = valley.server.numbers
+    assert len(numbers) < RESULTS
+    lost = set(range(RESULTS)) - set(numbers)
+    assert lost == set(range(KILLED_AFTER))
+
+
+def reached(numbers: list[int], count: int) -> bool:
+    return len(numbers) >= count
+
+
+def test_a_broker_that_is_restarted_while_results_flow_loses_none(
+    valley: Valley, tmp_path: Path
+) -> None:
+    numbers = valley.server.numbers
+    with device(OURS, tmp_path, valley.broker.port, 0, RESULTS) as oak:
+        oak.tell()
+        for part in (1500, 3000):
+            wait_until(partial(reached, numbers, part), 100, "some results")
+            valley.broker.stop()
+            valley.broker.start()
+        wait_until(lambda: len(numbers) == RESULTS, 200, "all results")
+        oak.kill()
+    assert numbers == list(range(RESULTS))
+
+
+def test_the_broker_tells_of_a_device_that_was_killed(valley: Valley, tmp_path: Path) -> None:
+    said = valley.server.availability
+    with device(OURS, tmp_path, valley.broker.port, 0, 0) as oak:
+        wait_until(lambda: said == [b"online"], 20, "the birth")
+        oak.kill()
+        wait_until(lambda: said == [b"online", b"offline"], 20, "the last will")
+    with device(OURS, tmp_path, valley.broker.port, 0, 0) as oak:
+        wait_until(lambda: len(said) == 3, 20, "the second birth")
+        oak.tell()
+        oak.end()
+    wait_until(lambda: said[2:] == [b"online", b"offline"], 20, "the farewell")
+
+
+@pytest.mark.parametrize("limit", ["message_size_limit 1000", "max_packet_size 1000"])
+def test_a_message_that_the_broker_finds_too_long_does_not_stop_the_others(
+    tmp_path: Path, limit: str
+) -> None:
+    with ExitStack() as stack:
+        broker = Mosquitto(tmp_path / "broker", limit)
+        stack.callback(broker.stop)
+        broker.start()
+        outbox = stack.enter_context(Outbox.open(tmp_path / "outbox.db"))
+        where = Broker(host="127.0.0.1", port=broker.port)
+        oak = Connection(where, "valley", "oak", outbox, first_pause=0.1)
+        for size in (10, 3000, 10):
+            oak.put("result", {"leaf": "x" * size})
+        stack.enter_context(oak)
+        wait_until(lambda: outbox.depth.count == 0, 30, "the outbox being empty")
+        assert outbox.dropped == {"telemetry": 0, "event": 0, "result": 1}
