@@ -22,9 +22,9 @@ test: $(STAMP) lint
 	$(BIN)/python -P -m pytest -m "not system"
 
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
-# photographs, 4 GB of replies, a broker.
+# photographs, 4 GB of replies, a broker, alerts.
 system: $(STAMP)
-	@.ci/debian mosquitto
+	@.ci/debian mosquitto prometheus
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)

@@ -234,10 +234,11 @@ class Authority:
         return Validity(now - EARLIER, min(now + life, ca.not_valid_after_utc))
 
 
-def expiries(folder: Path) -> dict[str, datetime]:
-    """When certificates end: the authority's, the server's and, of the farms', the first to.
+def expiries(folder: Path, now: datetime | None = None) -> dict[str, datetime]:
+    """When certificates end: the authority's, the server's and, of the farms', the next to.
 
-    Of each farm its newest counts. No private key is read: who watches needs none.
+    Of each farm its newest counts, and those that are over only where no other is left: farms
+    leave. No private key is read: who watches needs none.
 
     Raises:
         StateError: a certificate or the list of them is missing or damaged.
@@ -253,7 +254,10 @@ def expiries(folder: Path) -> dict[str, datetime]:
         newest = {one.farm: one.expires for one in seen_in(folder / _ISSUED)}
     except OSError as error:
         raise StateError(f"'{folder / _ISSUED}': {error.strerror}; {_RESTORE}") from error
-    return ends | ({"farms": min(newest.values())} if newest else {})
+    if not newest:
+        return ends
+    left = [end for end in newest.values() if end > (now or datetime.now(UTC))]
+    return ends | {"farms": min(left) if left else max(newest.values())}
 
 
 def _read_pair(

@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from client.identity import ClientFiles, FarmIdentity
 from common.errors import ConfigError, DiskError, ProtocolError, StateError
 from common.files import lock, write_atomically
-from server.identity import Authority, ServerFiles
+from server.identity import Authority, ServerFiles, expiries
 
 grpc: Any = importlib.import_module("grpc")  # it has no types
 
@@ -493,6 +493,20 @@ def test_every_certificate_is_on_record(authority: Authority, folder: Path) -> N
     authority.sign(request("maize"), now=NOW)
     again = Authority.open(folder).issued()
     assert [issued.farm for issued in again] == ["rice", "maize"]
+
+
+def test_a_farm_that_left_does_not_hide_the_next_certificate_to_end(
+    authority: Authority, folder: Path
+) -> None:
+    assert "farms" not in expiries(folder, NOW)
+    authority.sign(request("left"), days=10, now=NOW)
+    authority.sign(request("rice", key := new_key()), days=20, now=NOW)
+    authority.sign(request("rice", key), days=60, now=NOW)
+    authority.sign(request("maize"), days=30, now=NOW)
+    days = {0: 10, 11: 30, 31: 60, 61: 60}
+    for later, end in days.items():
+        found = expiries(folder, NOW + timedelta(days=later))
+        assert found["farms"] == NOW + timedelta(days=end), later
 
 
 def test_it_is_on_disk_before_the_certificate_is_given(
