@@ -1,11 +1,15 @@
 """Shared fixtures, and the rule that no test is skipped silently where everything is present."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from common.logs import STYLE_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -21,6 +25,19 @@ def _one_thread() -> None:
 def _ctrl_c_is_heard() -> None:
     """A shell's background job ignores SIGINT, and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands that a test calls set up logging; the next test must not notice."""
+    monkeypatch.setenv(STYLE_VARIABLE, "text")
+    rooms = [logging.getLogger(name) for name in ("common", "server", "client")]
+    before = [(list(room.handlers), room.propagate, room.level) for room in rooms]
+    yield
+    for room, (handlers, propagate, level) in zip(rooms, before, strict=True):
+        room.handlers[:] = handlers
+        room.propagate = propagate
+        room.setLevel(level)
 
 
 @pytest.fixture(scope="session")

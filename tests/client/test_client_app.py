@@ -1,6 +1,5 @@
 """The ClientApp in-process: what reaches the farm, and what is answered when it does not."""
 
-import logging
 import sys
 import types
 from pathlib import Path
@@ -108,7 +107,6 @@ def test_no_path_of_an_image_leaves_the_farm(
     reason: str,
 ) -> None:
     farm.raises = error
-    logging.getLogger("client").propagate = True
     reply = ask(tmp_path, to_record(HelloRequest()))
     assert isinstance(reply, Refusal)
     assert reply.reason == reason

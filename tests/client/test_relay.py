@@ -141,7 +141,6 @@ def test_many_exchanges_on_one_connection(tmp_path: Path) -> None:
 def test_a_server_that_is_away_costs_nothing_and_may_come_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("client").propagate = True
     caplog.set_level(logging.INFO)
     port = free_port()
     with Relay(f"127.0.0.1:{port}", tmp_path) as relay:
@@ -273,7 +272,6 @@ def test_the_counters_are_on_disk_within_seconds_and_not_at_every_byte(
 def test_a_damaged_file_counts_from_zero_and_is_told(
     damage: bytes, echo: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("client").propagate = True
     (tmp_path / "traffic.json").write_bytes(damage)
     assert traffic.fields(tmp_path) == {}
     with Relay(echo.address, tmp_path) as relay:
@@ -285,7 +283,6 @@ def test_a_damaged_file_counts_from_zero_and_is_told(
 def test_a_full_disk_does_not_stop_the_traffic(
     echo: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("client").propagate = True
     state = tmp_path / "state"
     state.write_text("a file where the folder should be: nothing can be written in there")
     with Relay(echo.address, state) as relay:

@@ -2,24 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from common.logs import bound, start_logging
-
-
-@pytest.fixture(autouse=True)
-def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FIELDFED_LOG", "text")
-    names = ("common", "server", "client")
-    before = {
-        n: (list(logging.getLogger(n).handlers), logging.getLogger(n).propagate) for n in names
-    }
-    yield
-    for name, (handlers, propagate) in before.items():
-        logging.getLogger(name).handlers[:] = handlers
-        logging.getLogger(name).propagate = propagate
 
 
 def test_json_lines_carry_run_round_and_farm(capsys: pytest.CaptureFixture[str]) -> None:
