@@ -172,11 +172,17 @@ def train(
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
 
     # only now: what follows takes seconds to import
+    from common.backbone import read_spec
     from server.launch import Network
     from server.runs import play
+    from server.search import planned
     from server.settings import RunSettings
 
     settings = validate(RunSettings, {"config": config, "label": label}, "train")
+    base = folder / "base.safetensors"
+    if not base.is_file():
+        raise StateError(f"no '{base}' yet; make it with: fieldfed-server pretrain {folder}")
+    planned(config.plan, read_spec(base), [])  # said here, not by a process that ends
     row = play(Network.of(config, folder), settings, Console())
     told = f", {row.detail}" if row.detail else ""
     print(f"run {row.run} is done{told}; see: fieldfed-server status {folder}")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common.backbone import save_backbone
 from tests.lab.network import draw_folder
+from tests.lab.versions import model_of
 
 BIN = Path(sys.executable).parent
 
@@ -69,6 +71,15 @@ def test_a_budget_outside_its_range(name: str, value: str, tmp_path: Path) -> No
     (network / "server.toml").write_text("seed = 0\n")
     said = refused(2, "fieldfed-server", "train", str(network), f"--{name}", value)
     assert name.replace("-", "_") in said
+
+
+def test_rounds_that_are_too_few(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text("[plan]\nrounds = 1\nprune_heads = 0.4\n")
+    said = refused(6, "fieldfed-server", "train", str(tmp_path))
+    assert "base.safetensors' yet; make it with: fieldfed-server pretrain" in said
+    save_backbone(tmp_path / "base.safetensors", *model_of())
+    said = refused(2, "fieldfed-server", "train", str(tmp_path))
+    assert "plan.rounds=1 is too few for plan.prune_events=2 after plan.warmup=1" in said
 
 
 def test_a_label_that_names_a_baseline(tmp_path: Path) -> None:

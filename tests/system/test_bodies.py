@@ -15,10 +15,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.system]
 
 def test_the_first_backbone_comes_from_the_hub(tmp_path: Path) -> None:
     port = free_port()
-    settings: dict[str, dict[str, object]] = {
-        "hub": {"port": port, "names": ["localhost"]},
-        "plan": {"rounds": 1},
-    }
+    settings = {"hub": {"port": port, "names": ["localhost"]}}
     with open_site(tmp_path, settings=settings, names=["oak"]) as site:
         wait_for_port("127.0.0.1", port, 60, site.up)
         folder = init_farm(tmp_path, "vine", 1, site.proxy)
