@@ -12,7 +12,7 @@ from client.infer_cli import infer_app
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
-from common.errors import QualityError, RefusalError, StateError
+from common.errors import QualityError, RefusalError
 from common.files import only_one, write_atomically
 from common.settings import load_settings, validate
 
@@ -212,17 +212,16 @@ def _ask_about(folder: Path, images: Path) -> int:
 
     device = _device(folder)
     found = images_in(images)
-    while (bundle := device.serving.current()) is not None:
-        ask = partial(_answer, device.labels)
+    while True:
+        bundle = device.serving.in_use()
         try:
-            return review(bundle, device.labels, found, ask)
+            return review(bundle, device.labels, found, partial(_answer, device.labels))
         except QualityError as error:
             with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
                 done = device.updater().roll_back(bundle, str(error), hub)
             if done is None:
                 raise
             print(done.words)
-    raise StateError(f"no version is in use; get one with: fieldfed-client update {folder}")
 
 
 def _answer(labels: "Labels", guess: "Guess") -> str | None:
@@ -263,7 +262,7 @@ def _labels(folder: Path) -> "Labels":
 def _device(folder: Path) -> "Device":
     from client.device import Device
 
-    return Device(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
+    return Device.of(folder)
 
 
 def main() -> None:

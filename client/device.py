@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from client.hub import HubClient
 from client.identity import FarmIdentity
@@ -16,6 +17,7 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from common.images import FarmFolder, open_folder
 from common.membership import Membership
+from common.settings import load_settings
 
 
 class Device:
@@ -25,6 +27,11 @@ class Device:
         self.farm, self._state = config.farm, state_dir
         self.serving = Serving(state_dir / "serving")
         self.labels = labels_of(config, state_dir)
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The device of a farm's folder; raises ConfigError where its settings are none."""
+        return cls(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
 
     @property
     def identity(self) -> FarmIdentity:

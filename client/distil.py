@@ -14,17 +14,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from client.portable import together
 from client.serving import Bundle
 from client.shadow import best_temperature, sure_from
 from common import distil, fit
 from common.backbone import read_tensors
 from common.config import DistilConfig, TrainConfig
 from common.errors import ModelError
-from common.export import exported, require_parity
+from common.export import exported
 from common.heads import evaluation_mode
 from common.images import FarmFolder, Part
-from common.portable import PortableAbout, PortableBundle
-from common.runtime import Runtime
+from common.portable import PortableBundle
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -204,19 +204,8 @@ class _Best:
 
 def portable_student(made: Distilled, teacher: Bundle) -> PortableBundle:
     """A student as ONNX and numbers; raises ModelError where ONNX Runtime says something else."""
-    spec = teacher.about.manifest.spec
-    graph = exported(made.student, spec.image_size)
-    require_parity(made.student, spec.image_size, Runtime(graph))
-    about = PortableAbout(
-        version=teacher.about.manifest.counter,
-        backbone=made.student.name,
-        width=made.student.width,
-        image_size=spec.image_size,
-        mean=spec.mean,
-        std=spec.std,
-        classes=teacher.about.classes,
-        temperature=made.temperature,
-        threshold=made.threshold,
+    about = teacher.about.model_copy(
+        update={"temperature": made.temperature, "threshold": made.threshold}
     )
-    weight, bias = made.classifier.weight.detach(), made.classifier.bias.detach()
-    return PortableBundle(about, graph, weight.numpy(), bias.numpy())
+    graph = exported(made.student, about.manifest.spec.image_size)
+    return together(about, made.student.name, made.student, graph, made.classifier)

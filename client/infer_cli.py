@@ -1,4 +1,4 @@
-"""``fieldfed-client`` on devices that only classify: bundle, classify, watch."""
+"""``fieldfed-client`` for devices that only classify: bundle, distil, classify, watch."""
 
 import json
 import sys
@@ -9,9 +9,7 @@ import typer
 
 from common import logs
 from common.command import LogOption
-from common.config import FarmConfig
-from common.errors import DataError, StateError
-from common.settings import load_settings
+from common.errors import DataError
 
 if TYPE_CHECKING:
     from client.infer import Classifier
@@ -37,7 +35,7 @@ def bundle(
     from client.portable import write_portable
 
     logs.start_logging(log)
-    device = Device(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
+    device = Device.of(folder)
     about = write_portable(device.serving, out, device.images if int8 else None)
     size, classes = out.stat().st_size / 1e6, len(about.classes)
     print(f"version {about.version}, {classes} classes, {about.precision}, {size:.1f} MB: {out}")
@@ -61,10 +59,8 @@ def distil(
     from common.config import DistilConfig
 
     logs.start_logging(log)
-    device = Device(load_settings(FarmConfig, folder / "farm.toml"), folder / "state")
-    teacher, images = device.serving.current(), device.images()
-    if teacher is None:
-        raise StateError(f"no version is in use; get one with: fieldfed-client update {folder}")
+    device = Device.of(folder)
+    teacher, images = device.serving.in_use(), device.images()
     config = DistilConfig(student=student, weights=weights, epochs=epochs, seed=seed)
     made = teach(teacher, images, config)
     bundle = portable_student(made, teacher)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from client.infer import Classifier
-from client.serving import Bundle, Serving
-from common.errors import QualityError, StateError
+from client.serving import About, Bundle, Serving
+from common.errors import QualityError
 from common.export import graph_of, require_parity, whole
 from common.images import FarmFolder
 from common.int8 import quantised
@@ -29,15 +30,33 @@ def portable(bundle: Bundle, serving: Serving) -> PortableBundle:
     Raises:
         ModelError: the backbone cannot be written as ONNX, or does something else there.
     """
-    about, spec = bundle.about, bundle.about.manifest.spec
-    objects = serving.objects.folder
-    graph = whole(graph_of(bundle.model, spec, about.manifest.tensors), objects)
-    require_parity(bundle.model, spec.image_size, Runtime(graph))
+    spec, tensors = bundle.about.manifest.spec, bundle.about.manifest.tensors
+    graph = whole(graph_of(bundle.model, spec, tensors), serving.objects.folder)
+    return together(bundle.about, spec.name, bundle.model, graph, bundle.classifier)
+
+
+def together(
+    about: About, name: str, model: nn.Module, graph: bytes, classifier: nn.Linear
+) -> PortableBundle:
+    """A network, its graph and a classifier as a bundle.
+
+    Args:
+        about: the version that it is of, with classes, temperature and threshold.
+        name: of the network.
+        model: takes images of the version's side to features.
+        graph: of the model, its numbers inside.
+        classifier: of these features.
+
+    Raises:
+        ModelError: ONNX Runtime says something else than the model.
+    """
+    spec = about.manifest.spec
+    require_parity(model, spec.image_size, Runtime(graph))
     return PortableBundle(
         PortableAbout(
             version=about.manifest.counter,
-            backbone=spec.name,
-            width=spec.width,
+            backbone=name,
+            width=classifier.in_features,
             image_size=spec.image_size,
             mean=spec.mean,
             std=spec.std,
@@ -46,8 +65,8 @@ def portable(bundle: Bundle, serving: Serving) -> PortableBundle:
             threshold=about.threshold,
         ),
         graph,
-        bundle.classifier.weight.detach().numpy(),
-        bundle.classifier.bias.detach().numpy(),
+        classifier.weight.detach().numpy(),
+        classifier.bias.detach().numpy(),
     )
 
 
@@ -102,10 +121,7 @@ def write_portable(
         QualityError, DataError: as :func:`in_8_bits` does.
         DiskError: the disk is full.
     """
-    bundle = serving.current()
-    if bundle is None:
-        raise StateError("no version is in use; get one with: fieldfed-client update")
-    made = portable(bundle, serving)
+    made = portable(serving.in_use(), serving)
     if folder is not None:
         made = in_8_bits(made, folder())
     made.write(out)

@@ -24,7 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from common.assembly import assemble
-from common.errors import RefusalError
+from common.errors import RefusalError, StateError
 from common.files import write_atomically
 from common.manifest import Manifest
 from common.messages import Digest, Ratio
@@ -81,6 +81,17 @@ class Serving:
             if bundle is not None:
                 return bundle
         return None
+
+    def in_use(self) -> Bundle:
+        """The bundle in use.
+
+        Raises:
+            StateError: there is none yet.
+        """
+        bundle = self.current()
+        if bundle is None:
+            raise StateError("no version is in use; get one with: fieldfed-client update")
+        return bundle
 
     def about(self) -> About | None:
         """What the bundle in use says of itself, without its tensors."""

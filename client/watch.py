@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from client.infer import Classifier, Guess, images_in
+from client.infer import Classifier, Guess, failed, images_in
 from common.duplicates import UNREADABLE
 from common.errors import DiskError
 from common.files import append, make_folder
@@ -93,7 +93,7 @@ class Watcher:
             if self._marked is not None:
                 mark(guess, self._marked)
         except UNREADABLE as error:
-            return named | {"error": f"cannot be read as an image: {error}"}
+            return failed(image, error) | named
         return guess.fields() | named | {"version": self._classifier.about.version}
 
     def _states(self) -> dict[Path, State]:

@@ -22,7 +22,7 @@ from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
 from common.step import Cut, Step
 from common.surgery import collect_moments, prune, prune_compensated, slice_flat
-from common.trainable import trainable_set
+from common.trainable import TrainableSet, trainable_set
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
@@ -93,8 +93,8 @@ class RoundCloser:
         readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(base.digest)
         trained = trainable_set(model, self._config.train.trainable, self._config.train.rank)
-        update, lost = self._update(run, work, replies, readers, trained.layout.count)
-        trained.add(model, codec.decode(update, base=base.digest, count=trained.layout.count))
+        update, change, lost = self._update(run, work, replies, readers, trained)
+        trained.add(model, change)
         cut = None
         sent = _sent(replies, readers) if work.scored else {}
         farms = self._score(run, sent, spec)
@@ -172,9 +172,10 @@ class RoundCloser:
         work: Work,
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
-        count: int,
-    ) -> tuple[codec.Bytes, codec.Floats]:
-        """The aggregate of ``count`` numbers, coded as farms code theirs, and what that lost."""
+        trained: TrainableSet,
+    ) -> tuple[codec.Bytes, codec.Floats, codec.Floats]:
+        """The aggregate coded as farms code theirs, what every farm will add, and what is lost."""
+        count = trained.layout.count
         train, rules, base = self._config.train, self._config.rounds, work.base.digest
         merged = aggregate(
             readers,
@@ -189,9 +190,9 @@ class RoundCloser:
             merged = merged + rest
         few = train.update_bits < codec.DEFAULT_BITS
         rng = np.random.default_rng([self._config.seed, work.number]) if few else None
-        rank = train.rank if train.trainable == "lora" else 0
-        update = codec.encode(merged, base, bits=train.update_bits, rng=rng, rank=rank)
-        return update, merged - codec.decode(update, base=base, count=count)
+        update = codec.encode(merged, base, bits=train.update_bits, rng=rng, rank=trained.rank)
+        change = codec.decode(update, base=base, count=count)
+        return update, change, merged - change
 
     def _freshness(self, row: ReplyRow) -> float:
         """Weight of a reply by its age (FedAsync, Xie et al., 2019): (1 + rounds late)^-a."""
