@@ -1,7 +1,10 @@
 """Cells of a benchmark: one line per finished cell, resumed after a kill, within a time budget.
 
-bench-work/NAME.jsonl      a line per finished cell; delete it to begin again
-bench-output/NAME.json     the result, once all cells are done: committed as evidence
+bench-output/cells/NAME.jsonl   a line per finished cell, with the commit that it ran at: committed,
+                                so that a long table can be finished on another machine, and every
+                                interval computed again; delete it to begin again
+bench-output/NAME.json          the result, once all cells are done: committed as evidence
+bench-work/                     what cells keep beside their figures
 """
 
 import json
@@ -30,7 +33,7 @@ class Cells:
     def __init__(self, name: str, minutes: float = 120, root: Path = Path()) -> None:
         self._name, self._root = name, root
         self._until = time.monotonic() + 60 * float(os.environ.get("MINUTES", minutes))
-        self._path = root / "bench-work" / f"{name}.jsonl"
+        self._path = root / "bench-output" / "cells" / f"{name}.jsonl"
         self.done: dict[str, Cell] = {}
         if self._path.is_file():
             for line in self._path.read_text().splitlines():
