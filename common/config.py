@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from common.broker import Broker
+from common.section import Section
 
 Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
@@ -11,12 +14,6 @@ Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 LEARNING_RATES = {"bias": 3e-3, "attention": 1e-4, "lora": 1e-3, "full": 3e-5}
 """Of the backbone, by trainable set: the more numbers move, the less each of them may."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TrainConfig(Section):
@@ -276,6 +273,13 @@ class MetricsConfig(Section):
     port: int = Field(default=9464, ge=1, le=65535)
 
 
+class PageConfig(Section):
+    """Where operators look, without encryption and so from this machine alone."""
+
+    host: str = Field(default="127.0.0.1", description="to listen on")
+    port: int = Field(default=9465, ge=1, le=65535)
+
+
 class ServerConfig(Section):
     """``server.toml``: everything the server needs."""
 
@@ -288,6 +292,8 @@ class ServerConfig(Section):
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
     hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
     metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")
+    page: PageConfig | None = Field(default=None, description="absent: no operator page")
+    broker: Broker | None = Field(default=None, description="absent: devices tell nothing")
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:
@@ -368,7 +374,19 @@ class FarmSection(Section):
         return self.poll_seconds
 
 
+class WatchConfig(Section):
+    """A folder into which a camera drops photographs, which the device classifies."""
+
+    folder: Path
+    quota_bytes: int | None = Field(
+        default=None, ge=1_000_000, description="of photographs; the oldest go; unset: none ever"
+    )
+
+
 class FarmConfig(Section):
     """``farm.toml``: everything a farm needs."""
 
     farm: FarmSection
+    broker: Broker | None = Field(default=None, description="absent: this device tells nothing")
+    watch: WatchConfig | None = Field(default=None, description="absent: no photographs come")
+    metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")

@@ -24,16 +24,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Any, Final, Self
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
-from pydantic import Field, SecretStr, model_validator
 
-from common.config import Section
+from common.broker import Broker
 from common.errors import ConfigError, FieldfedError
 from common.outbox import JSON, Kind, Outbox, text_of
 from common.processes import is_loopback
@@ -66,61 +64,6 @@ _REMEDIES: Final[Mapping[int, str]] = {
     0x8E: "another device has the same name and takes the connection over; rename one of them",
     0x8C: "the broker wants another kind of login; allow a password or a certificate there",
 }
-
-
-class _Line(ssl.SSLSocket):
-    """Closed when the handshake fails, which paho forgets."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
-
-
-class Broker(Section):
-    """Where the broker of a network is; TLS is on when ``ca`` is given."""
-
-    host: Annotated[str, Field(min_length=1)]
-    ca: Path | None = Field(default=None, description="PEM of the authority that vouches for it")
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(
-        default_factory=lambda known: 8883 if known.get("ca") else 1883
-    )
-    username: str | None = None
-    password: SecretStr | None = None
-    certificate: Path | None = Field(default=None, description="PEM of our own, with 'key'")
-    key: Path | None = None
-    keepalive: Annotated[int, Field(ge=5, le=3600, description="seconds")] = 60
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("'certificate' and 'key' go together")
-        if self.certificate is not None and self.ca is None:
-            raise ValueError("'certificate' needs 'ca'")
-        if self.password is not None and self.username is None:
-            raise ValueError("'password' needs 'username'")
-        return self
-
-    def tls(self) -> ssl.SSLContext | None:
-        """What TLS goes by, read anew so that files may be renewed; nothing without ``ca``.
-
-        Raises:
-            ConfigError: a file is missing or is not what it should be.
-        """
-        if self.ca is None:
-            return None
-        try:
-            context = ssl.create_default_context(cafile=self.ca)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.sslsocket_class = _Line
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key)
-        except OSError as error:
-            files = ", ".join(f"'{one}'" for one in (self.ca, self.certificate, self.key) if one)
-            raise ConfigError(f"[broker] {files} cannot be used for TLS: {error}") from error
-        return context
 
 
 def pause(draw: random.Random, failures: int, first: float = FIRST_PAUSE) -> float:

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 import common.session
+from common.broker import Broker
 from common.certificates import Issuer, Validity, issue, new_key, pem, self_signed, write_key
 from common.errors import ConfigError, DiskError, StateError
-from common.mqtt import LONGEST_PAUSE, Broker, Connection, Seen, pause
+from common.mqtt import LONGEST_PAUSE, Connection, Seen, pause
 from common.outbox import Outbox
 from tests.lab.broker import FakeBroker, Message
 from tests.waiting import wait_until

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from common.mqtt import Broker, Connection, Seen
+from common.broker import Broker
+from common.mqtt import Connection, Seen
 from common.outbox import Outbox
 from common.processes import Child, free_port, stop_all, wait_for_port
 from tests.waiting import wait_until
@@ -44,7 +45,8 @@ max_queued_messages 0
 OURS = """
 import json, sys
 from pathlib import Path
-from common.mqtt import Broker, Connection
+from common.broker import Broker
+from common.mqtt import Connection
 from common.outbox import Outbox
 port, _, end = map(int, sys.argv[2:])
 with Outbox.open(Path(sys.argv[1])) as outbox:
