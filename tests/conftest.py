@@ -40,6 +40,17 @@ def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         room.setLevel(level)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start real processes come first, and one after the other where others run too.
+
+    They wait for seconds, so that a worker of its own (``pytest -n 2``) costs the others little.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(scope="session")
 def photographs() -> Path:
     """Real plant photographs; skips where they are absent."""
