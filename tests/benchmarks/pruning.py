@@ -10,6 +10,7 @@ until it ends. ``ONLY=oneshot`` or ``ONLY=recovery`` does one of the two.
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,8 +18,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import get_args
 
-from common.budget import Budget
+import torch
+
+from common.budget import Budget, choose_mask
 from common.config import Criterion
+from common.mask import Mask
 from common.surgery import Method
 from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants
@@ -48,16 +52,16 @@ class Runs:
     """The checkpoint and the farms of one seed, made when the first cell needs them."""
 
     def __init__(self, seed: int, pool: ProcessPoolExecutor, root: Path) -> None:
-        self._checkpoint = Checkpoint(root / f"seed{seed}", seed)
-        self._pool = pool
+        self.checkpoint = Checkpoint(root / f"seed{seed}", seed)
+        self.pool = pool
         self._bench: Bench | None = None
 
     @property
     def bench(self) -> Bench:
         """With the checkpoint made."""
         if self._bench is None:
-            self._checkpoint.make()
-            self._bench = Bench(self._checkpoint, plants.farm_names(), self._pool)
+            self.checkpoint.make()
+            self._bench = Bench(self.checkpoint, plants.farm_names(), self.pool)
         return self._bench
 
 
@@ -81,6 +85,23 @@ def cut_cell(runs: Runs, criterion: str, ratio: float, seed: int) -> Cell:
         "neurons_kept": cut.mask.neurons_kept_ratio,
         "correct": {method: plants.packed_by(judged) for method, judged in cut.judged.items()},
     }
+
+
+def event_cell(runs: Runs, seed: int) -> Cell:
+    """What a prune event costs the server on one core: mask, moments, surgery, anchors."""
+    scores = runs.bench.agreed(DEFAULT)
+    fresh = Bench(runs.checkpoint, plants.farm_names(), runs.pool)  # has no moments yet
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin, cpu = time.perf_counter(), time.process_time()
+    try:
+        dense = Mask.dense(fresh.dense)
+        mask = choose_mask(scores, dense, fresh.dense, Budget(macs_kept=RATIOS[0]))
+        fresh.save_anchors(fresh.save_cut(mask, METHODS[-1], runs.checkpoint.folder))
+    finally:
+        torch.set_num_threads(threads)
+    took = {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    return {"seed": seed, "ratio": RATIOS[0], **took}
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -185,10 +206,13 @@ def recovery_rows(cells: Sequence[Cell]) -> list[Cell]:
     return found
 
 
-def one_shot(cells: Cells, root: Path) -> tuple[list[Cell | None], list[Cell | None]]:
-    """The dense checkpoints, and every cut of them."""
+def one_shot(
+    cells: Cells, root: Path
+) -> tuple[list[Cell | None], list[Cell | None], list[Cell | None]]:
+    """The dense checkpoints, every cut of them, and what the server needs for one."""
     dense: list[Cell | None] = []
     cuts: list[Cell | None] = []
+    events: list[Cell | None] = []
     with plants.workers() as pool:
         for seed in SEEDS:
             runs = Runs(seed, pool, root)
@@ -197,7 +221,9 @@ def one_shot(cells: Cells, root: Path) -> tuple[list[Cell | None], list[Cell | N
                 for name in CRITERIA:
                     work = partial(cut_cell, runs, name, ratio, seed)
                     cuts.append(cells.run(f"{name} {ratio:g}, seed {seed}", work))
-    return dense, cuts
+            work = partial(event_cell, runs, seed)
+            events.append(cells.run(f"prune event, seed {seed}", work))
+    return dense, cuts, events
 
 
 def recovery(cells: Cells, root: Path) -> list[Cell | None]:
@@ -236,26 +262,33 @@ def main() -> None:
     plants.require()
     cells, root = Cells("pruning"), Path("bench-work/pruning")
     only = os.environ.get("ONLY")
-    dense, cuts = one_shot(cells, root) if only != "recovery" else ([], [])
+    dense, cuts, events = one_shot(cells, root) if only != "recovery" else ([], [], [])
     recovered_runs = recovery(cells, root) if only != "oneshot" else []
-    if only is not None or None in (*dense, *cuts, *recovered_runs):
+    if only is not None or None in (*dense, *cuts, *events, *recovered_runs):
         unfinished("bench-pruning")
-    figures = result(*([one for one in part if one] for part in (dense, cuts, recovered_runs)))
+    parts = (dense, cuts, events, recovered_runs)
+    figures = result(*([one for one in part if one] for part in parts))
     for line in (*figures["rows"], *figures["comparisons"], *figures["recovered"]):
         print(json.dumps({key: value for key, value in line.items() if key != "farms"}))
     picture(figures["rows"], Path("bench-output/pruning.svg"))
     print(f"figures: {cells.finish(figures, SEEDS, 'make bench-pruning')}")
 
 
-def result(dense: Sequence[Cell], cuts: Sequence[Cell], runs: Sequence[Cell]) -> Cell:
+def result(
+    dense: Sequence[Cell], cuts: Sequence[Cell], events: Sequence[Cell], runs: Sequence[Cell]
+) -> Cell:
     """All figures."""
     table = rows(dense, cuts)
     return {
         "rows": [*table, *recovery_rows(runs)],
         "comparisons": [line for ratio in sorted(RATIOS) for line in comparisons(cuts, ratio)],
         "recovered": recovered(table),
-        "commits": sorted({str(cell["commit"]) for cell in (*dense, *cuts, *runs)}),
+        "commits": sorted({str(cell["commit"]) for cell in (*dense, *cuts, *events, *runs)}),
         "prune_events": EVENTS,
+        "prune_event_on_one_core": [
+            {key: cell[key] for key in ("seed", "ratio", "wall_seconds", "cpu_seconds")}
+            for cell in events
+        ],
     }
 
 
