@@ -79,15 +79,16 @@ class Keeper:
 
     def check(self) -> bool:
         """One look; returns whether a run was started again."""
-        active = _active(self._network)
-        if active is None or time.monotonic() < self._next:
+        if time.monotonic() < self._next:
             return False
-        if _last_ended(self._network.state_dir / "fieldfed.db") > active.after:
-            _path(self._network).unlink(missing_ok=True)
+        active = self._wanted()
+        if active is None:
             return False
         try:
             if _lives(self._network):
                 self._wait = WAIT_SECONDS
+                return False
+            if self._wanted() is None:  # it ended while Flower was asked, which takes seconds
                 return False
             _start(self._network, Path(active.settings), active.after)
         except LaunchError as error:
@@ -99,6 +100,16 @@ class Keeper:
         self._next = time.monotonic() + self._wait
         self._wait = min(WAIT_LIMIT, 2 * self._wait)
         return True
+
+    def _wanted(self) -> ActiveRun | None:
+        """The run that is wanted and has not come to an end."""
+        active = _active(self._network)
+        if active is None:
+            return None
+        if _last_ended(self._network.state_dir / "fieldfed.db") > active.after:
+            _path(self._network).unlink(missing_ok=True)
+            return None
+        return active
 
 
 def _start(network: Network, settings: Path, after: int) -> None:

@@ -110,6 +110,22 @@ def test_a_run_that_ended_is_left_alone(network: Network, flower: Flower, state:
     assert Keeper(network).check(), "the same settings, run once more"
 
 
+def test_a_run_that_ends_while_flower_is_asked_is_left_alone(
+    network: Network, flower: Flower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(network: Network, number: int) -> RunStatus:
+        with Store.open(network.state_dir / "fieldfed.db") as store:
+            store.finish_run(run, "done")
+        flower.living.clear()
+        return flower.status(network, number)
+
+    wanted(network, flower)
+    run = recorded(network)
+    monkeypatch.setattr(server.runs, "run_status", ends)
+    assert not Keeper(network).check()
+    assert len(flower.submitted) == 1
+
+
 def test_without_a_wanted_run_or_a_server_nothing_is_started(
     network: Network, flower: Flower
 ) -> None:
