@@ -13,7 +13,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning chaos chaos-updater fuzz idle liars scale stragglers lint format clean
+.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning chaos chaos-updater dashboards fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -37,6 +37,10 @@ chaos fuzz idle liars scale stragglers: $(STAMP)
 
 chaos-updater: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.updater
+
+# After a change to deploy/grafana/*.py or to deploy/runbooks.md.
+dashboards: $(STAMP)
+	$(BIN)/python -m deploy.grafana.dashboards
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
