@@ -49,6 +49,12 @@ AWAITED: Known = {
     "fieldfed_telemetry_messages_total": {"outcome": set()},
 }
 """Series, with their labels, that the server does not show yet."""
+LEAVING = {
+    "fieldfed_rounds_failed_total",
+    "fieldfed_rounds_reopened_total",
+    "fieldfed_farms_paused",
+}
+"""Series that are shown still, and that those awaited replace."""
 ELSEWHERE: Known = {
     "up": {"device": set()},
     "ALERTS": {
@@ -260,6 +266,18 @@ def test_a_name_or_a_label_that_is_not_there_is_told(shown: Known) -> None:
     ):
         with pytest.raises(AssertionError, match=why):
             check(selectors(wrong)[0], known)
+
+
+def test_the_clean_day_has_every_series(shown: Known) -> None:
+    day = yaml.safe_load((PROMETHEUS / "tests" / "clean_day.yml").read_text())["tests"][0]
+    there = [selectors(one["series"])[0] for one in day["input_series"]]
+    assert {one.name for one in there} == {"up", *shown, *AWAITED} - LEAVING
+    known = {**shown, "up": {}, **AWAITED}
+    for series in there:
+        assert {one.label for one in series.matchers} - OF_TARGETS == known[series.name].keys()
+        check(series, everything(shown))
+    reasons = {one.value for series in there for one in series.matchers if one.label == "reason"}
+    assert reasons == shown["fieldfed_replies_rejected_total"]["reason"]
 
 
 # --- provisioning --------------------------------------------------------------------------------
