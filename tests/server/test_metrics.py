@@ -29,6 +29,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.identity import FarmIdentity
+from common import exposition
 from common.certificates import read_certificate
 from common.config import MetricsConfig, ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError, RejectReason, StateError
@@ -37,7 +38,7 @@ from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
 from common.settings import load_settings
-from server import figures, launch, metrics, rollout
+from server import figures, launch, rollout
 from server.figures import MOST_FARMS, Figures, reading
 from server.identity import Authority
 from server.metrics import MetricsServer, StateCollector
@@ -735,7 +736,7 @@ def test_not_ready_says_why_in_a_line(tmp_path: Path) -> None:
 
 
 def test_who_says_nothing_is_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(exposition, "REQUEST_SECONDS", 0.3)
     with serving(lab.server_dir) as server:
         address = "127.0.0.1", port_of(server)
         with closing(socket.create_connection(address, timeout=20)) as slow:
@@ -749,13 +750,13 @@ def test_who_says_nothing_is_cut_off(lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 def test_who_comes_when_all_places_are_taken_is_sent_away(lab: Lab) -> None:
     with serving(lab.server_dir) as server, ExitStack() as opened:
         address = "127.0.0.1", port_of(server)
-        for _ in range(metrics.MOST_REQUESTS):
+        for _ in range(exposition.MOST_REQUESTS):
             opened.enter_context(closing(socket.create_connection(address, timeout=20)))
         wait_until(lambda: server._places._value == 0, 10, "all places taken")
         with pytest.raises((ConnectionError, http.client.HTTPException)):
             ask(server, "/healthz")
         opened.close()
-        wait_until(lambda: server._places._value == metrics.MOST_REQUESTS, 10, "places free")
+        wait_until(lambda: server._places._value == exposition.MOST_REQUESTS, 10, "places free")
         assert ask(server, "/healthz").status == 200
 
 
