@@ -93,7 +93,9 @@ class DeviceState(_Message):
     """What a device is and serves with; told when it changes.
 
     ``images`` counts labelled images of all parts, ``last_round`` is the newest the farm answered,
-    ``latest`` the version that its channel names, ``version`` the one it serves with.
+    ``latest`` the version that its channel names, ``version`` the one it serves with, ``gain`` by
+    how much ``latest`` is more often right than ``version`` on this farm's images, where both were
+    judged on the same ones.
     """
 
     farm: Name
@@ -102,6 +104,7 @@ class DeviceState(_Message):
     channel: Annotated[str, Field(max_length=20)] = "stable"
     version: Annotated[int, Field(ge=0)] | None = None
     latest: Annotated[int, Field(ge=0)] | None = None
+    gain: Annotated[float, Field(ge=-1, le=1)] | None = None
     accuracy: Ratio | None = None
     f1: Ratio | None = None
     species: Annotated[str, Field(max_length=40)] = ""
@@ -119,10 +122,10 @@ class Telemetry(_Message):
     """
 
     uptime_seconds: Annotated[float, Field(ge=0)]
-    cpu_ratio: Ratio
-    memory_used_bytes: Bytes
-    memory_bytes: Bytes
-    disk_free_bytes: Bytes
+    cpu_ratio: Ratio | None = None
+    memory_used_bytes: Bytes | None = None
+    memory_bytes: Bytes | None = None
+    disk_free_bytes: Bytes | None = None
     temperature_celsius: Annotated[float, Field(ge=-100, le=300)] | None = None
     throttled: bool | None = None
     under_voltage: bool | None = None
