@@ -273,6 +273,12 @@ class MetricsConfig(Section):
     port: int = Field(default=9464, ge=1, le=65535)
 
 
+class DeviceMetricsConfig(MetricsConfig):
+    """The same of a device, at another port: a farm may be on its server's machine."""
+
+    port: int = Field(default=9466, ge=1, le=65535)
+
+
 class PageConfig(Section):
     """Where operators look, without encryption and so from this machine alone."""
 
@@ -389,4 +395,4 @@ class FarmConfig(Section):
     farm: FarmSection
     broker: Broker | None = Field(default=None, description="absent: this device tells nothing")
     watch: WatchConfig | None = Field(default=None, description="absent: no photographs come")
-    metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")
+    metrics: DeviceMetricsConfig | None = Field(default=None, description="absent: none shown")
