@@ -11,13 +11,14 @@ from typing import TypeVar, cast, get_args
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.ledger import FILE, Ledger, kinds_of
 from client.worker import in_worker
 from common.config import FarmConfig
 from common.errors import DataError, LinkError, ProtocolError, RejectReason
 from common.logs import start_logging
 from common.messages import Refusal, Reply, Request, Work
 from common.settings import load_settings
-from common.wire import from_record, message_type, to_record
+from common.wire import from_record, message_type, size_of, to_record
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,15 @@ def answer(message: Message, context: Context) -> Message:
     """
     sys.path[:] = _IMPORT_PATH
     request = _told(functools.partial(_request_of, message, context))
+    reply: Reply
     if isinstance(request, Refusal):
-        return Message(to_record(request), reply_to=message)
-    work = functools.partial(_told, functools.partial(_handle, request, context))
-    return Message(to_record(in_worker(work) if _apart else work()), reply_to=message)
+        reply = request
+    else:
+        work = functools.partial(_told, functools.partial(_handle, request, context))
+        reply = in_worker(work) if _apart else work()
+    record = to_record(reply)
+    _write_down(reply, size_of(record), context)
+    return Message(record, reply_to=message)
 
 
 def _told(work: Callable[[], _T]) -> _T | Refusal:
@@ -105,6 +111,17 @@ def _handle(request: Request, context: Context) -> Reply:
     from client.farm import Farm
 
     return Farm.open(*_settings_of(context)).handle(request)
+
+
+def _write_down(reply: Reply, size: int, context: Context) -> None:
+    """Say in the farm's ledger what is about to leave; whatever goes wrong, it leaves."""
+    try:
+        config, state_dir = _settings_of(context)
+        with Ledger.open(state_dir / FILE) as ledger:
+            for kind, count in kinds_of(reply, size).items():
+                ledger.add(kind, count, f"server {config.farm.superlink}")
+    except Exception:
+        log.exception("a reply of %d bytes is not in the ledger", size)
 
 
 def _settings_of(context: Context) -> tuple[FarmConfig, Path]:

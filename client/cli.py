@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from client.infer_cli import infer_app
+from client.ledger_cli import ledger_app
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(infer_app)
+app.add_typer(ledger_app)
 Folder = Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")]
 
 

@@ -9,6 +9,7 @@ from typing import Self
 from client.hub import HubClient
 from client.identity import FarmIdentity
 from client.labels import labels_of
+from client.ledger import FILE, Ledger
 from client.serving import Serving
 from client.trust import Trust
 from client.updater import Updater
@@ -69,7 +70,8 @@ class Device:
         membership = self.membership()
         if membership.hub is None:
             raise ConfigError(f"network {membership.network} had no hub when this farm joined it")
-        return HubClient(membership.hub, self.identity.credentials(), sleep=sleep)
+        ledger = Ledger.open(self._state / FILE)
+        return HubClient(membership.hub, self.identity.credentials(), sleep=sleep, ledger=ledger)
 
     def updater(self) -> Updater:
         """Raises ConfigError when the farm is no member, RefusalError as Trust does."""

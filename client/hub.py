@@ -10,12 +10,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import grpc
 import numpy as np
 
 from client.identity import ClientFiles
+from client.ledger import Kind, Ledger
 from common import hub_pb2, hub_pb2_grpc
 from common.compress import expand
 from common.errors import LinkError, ProtocolError, RefusalError, RefuseReason
@@ -23,6 +24,8 @@ from common.manifest import InstallReport
 from common.objects import Objects
 
 log = logging.getLogger(__name__)
+
+Sent = TypeVar("Sent", hub_pb2.ChannelRequest, hub_pb2.FetchRequest, hub_pb2.InstallReport)
 
 CALL_SECONDS, FETCH_SECONDS = 60.0, 900.0
 TRIES = 8
@@ -87,6 +90,7 @@ class HubClient:
         files: the farm's certificate and key, and the network's authority.
         seed: of pauses.
         sleep: waits; another in tests.
+        ledger: of what leaves the farm; closed with the connection.
     """
 
     def __init__(
@@ -95,9 +99,10 @@ class HubClient:
         files: ClientFiles,
         seed: int | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        ledger: Ledger | None = None,
     ) -> None:
         credentials = grpc.ssl_channel_credentials(files.ca, files.key, files.certificate)
-        self._address, self._sleep = address, sleep
+        self._address, self._sleep, self._ledger = address, sleep, ledger
         self._channel = grpc.secure_channel(address, credentials, OPTIONS)
         self._stub = hub_pb2_grpc.HubStub(self._channel)  # type: ignore[no-untyped-call]
         self._random = random.Random(seed)  # noqa: S311
@@ -107,19 +112,21 @@ class HubClient:
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def latest(self, channel: str) -> Offer:
         """What a channel names now; raises LinkError."""
+        request = self._leaving(Kind.REQUEST, hub_pb2.ChannelRequest(channel=channel))
         try:
-            return _offer(
-                self._stub.Latest(hub_pb2.ChannelRequest(channel=channel), timeout=CALL_SECONDS)
-            )
+            return _offer(self._stub.Latest(request, timeout=CALL_SECONDS))
         except grpc.RpcError as error:
             raise self._failed(error) from error
 
     def watch(self, channel: str, counter: int = 0) -> Iterator[Offer]:
         """Every newer state of a channel than number ``counter``, as it comes; raises LinkError."""
-        request = hub_pb2.ChannelRequest(channel=channel, counter=counter)
+        asked = hub_pb2.ChannelRequest(channel=channel, counter=counter)
+        request = self._leaving(Kind.REQUEST, asked)
         try:
             yield from map(_offer, self._stub.Watch(request))
         except grpc.RpcError as error:
@@ -128,8 +135,9 @@ class HubClient:
     def report(self, report: InstallReport) -> None:
         """Say what became of a version; raises LinkError."""
         values = {key: value for key, value in report.model_dump().items() if value is not None}
+        message = self._leaving(Kind.INSTALL_REPORT, hub_pb2.InstallReport(**values))
         try:
-            self._stub.Report(hub_pb2.InstallReport(**values), timeout=CALL_SECONDS)
+            self._stub.Report(message, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             raise self._failed(error) from error
 
@@ -186,13 +194,20 @@ class HubClient:
 
     def _stream(self, lacking: Mapping[str, int], compress: bool) -> Iterator[hub_pb2.Chunk]:
         wants = [hub_pb2.Want(digest=one, offset=held) for one, held in lacking.items()]
-        request = hub_pb2.FetchRequest(wants=wants, compress=compress)
+        asked = hub_pb2.FetchRequest(wants=wants, compress=compress)
+        request = self._leaving(Kind.REQUEST, asked)
         # a stream that the server forgets ends by this limit, and another goes on
         call = self._stub.Fetch(request, timeout=FETCH_SECONDS)
         try:
             yield from call
         finally:
             call.cancel()
+
+    def _leaving(self, kind: Kind, message: Sent) -> Sent:
+        """Write down what is about to be sent; returns it."""
+        if self._ledger is not None:
+            self._ledger.add(kind, message.ByteSize(), f"hub {self._address}")
+        return message
 
     def _pause(self, vain: int) -> None:
         most = min(LONGEST_PAUSE, 0.5 * 2**vain)

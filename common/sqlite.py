@@ -1,4 +1,4 @@
-"""SQLite files that one process has open alone: opened with care, set aside when damaged.
+"""SQLite files that belong to one device: opened with care, set aside when damaged.
 
 WAL, so that a commit survives the end of the process at any instant; a durable one is fsynced and
 survives a power cut as well, with all that was committed before it.
@@ -29,7 +29,9 @@ class _Damaged(sqlite3.DatabaseError):
     sqlite_errorcode = sqlite3.SQLITE_CORRUPT
 
 
-def connect(path: Path, schema: str, version: int, page_bytes: int) -> sqlite3.Connection:
+def connect(
+    path: Path, schema: str, version: int, page_bytes: int, *, shared: bool = False
+) -> sqlite3.Connection:
     """Open a file for all threads of this process and for no other process, or create it.
 
     Args:
@@ -37,6 +39,8 @@ def connect(path: Path, schema: str, version: int, page_bytes: int) -> sqlite3.C
         schema: statements that create its tables.
         version: of the schema.
         page_bytes: of a file that is created.
+        shared: other processes may have it open as well, and may be creating it at this moment:
+            the statements of its schema leave alone what is there.
 
     Raises:
         sqlite3.Error: it cannot be used; :func:`is_damage` tells whether it is damaged.
@@ -45,7 +49,7 @@ def connect(path: Path, schema: str, version: int, page_bytes: int) -> sqlite3.C
     existed = path.exists()
     db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
-        _prepare(db, schema, version, page_bytes)
+        _prepare(db, schema, version, page_bytes, shared)
     except StateError as error:
         db.close()
         raise StateError(f"'{path}': {error}") from error
@@ -57,10 +61,13 @@ def connect(path: Path, schema: str, version: int, page_bytes: int) -> sqlite3.C
     return db
 
 
-def _prepare(db: sqlite3.Connection, schema: str, version: int, page_bytes: int) -> None:
-    # others may not even read: SQLite needs no third file then, and its lock is one that the
-    # system lets go of however the process ends
-    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+def _prepare(
+    db: sqlite3.Connection, schema: str, version: int, page_bytes: int, shared: bool
+) -> None:
+    if not shared:
+        # others may not even read: SQLite needs no third file then, and its lock is one that the
+        # system lets go of however the process ends
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
     db.execute(f"PRAGMA page_size = {page_bytes}")
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     db.execute("PRAGMA journal_mode = WAL")

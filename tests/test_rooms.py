@@ -58,6 +58,7 @@ def test_what_an_inference_device_and_status_need_imports_without_torch() -> Non
         "import sys; sys.modules['torch'] = None; sys.modules['flwr'] = None; "
         "import common.errors, common.settings, common.spec, common.files, common.messages, "
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, client.infer, "
-        "client.watch, common.portable, server.status, server.hub, server.metrics"
+        "client.watch, client.health, client.discovery, client.ledger, client.figures, "
+        "common.portable, server.status, server.hub, server.metrics"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

@@ -9,6 +9,7 @@ from client import hub as hub_module
 from client import traffic
 from client.bodies import can_fetch, with_body
 from client.device import Device
+from client.ledger import FILE, Ledger
 from client.traffic import Counters
 from common import objects as objects_module
 from common.config import TrainConfig
@@ -57,6 +58,10 @@ def test_a_member_fetches_what_another_farm_is_sent(lab: Lab, hub: LabHub) -> No
         assert {row.farm for row in store.reports(run.run)} == {"farm0", "farm1"}
     received = [traffic.fields(state)["link_received"] for state in states]
     assert received == [10 + (asked[0].body_bytes or 0), 10]
+    with Ledger.open(states[0] / FILE) as ledger:
+        (asking,) = ledger.totals()
+    assert (asking.kind, asking.destination) == ("request", f"hub {hub.address}")
+    assert 64 < asking.bytes < 200, "a digest, and little else"
 
 
 def test_without_the_hub_the_backbone_is_sent(

@@ -10,9 +10,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.app
+from client.ledger import FILE, Ledger, Total
 from common.errors import DataError
 from common.messages import PROTOCOL, AlignRequest, HelloReply, HelloRequest, Refusal
-from common.wire import from_record, message_type, to_record
+from common.wire import from_record, message_type, size_of, to_record
 
 DIGEST, OTHER = "d" * 64, f"protocol {PROTOCOL + 1}"
 SECRET = "/home/farmer/pictures/leaf_17.jpg"
@@ -129,3 +130,24 @@ def test_the_unpacked_app_is_no_longer_searched_for_modules(
     monkeypatch.setattr(sys, "path", [str(tmp_path / "unpacked"), *sys.path])
     ask(tmp_path, to_record(HelloRequest()))
     assert str(tmp_path / "unpacked") not in sys.path
+
+
+def test_what_leaves_is_in_the_ledger(farm: type[FakeFarm], tmp_path: Path) -> None:
+    for _ in range(2):
+        ask(tmp_path, to_record(HelloRequest()))
+    refused = ask(tmp_path, RecordDict())
+    sizes = size_of(to_record(REPLY)), size_of(to_record(refused))
+    server = "server 127.0.0.1:8000"
+    with Ledger.open(tmp_path / "state" / FILE) as ledger:
+        assert ledger.totals() == [
+            Total("hello", server, 2, 2 * sizes[0]),
+            Total("refusal", server, 1, sizes[1]),
+        ]
+
+
+def test_a_ledger_that_cannot_be_written_holds_nothing_up(
+    farm: type[FakeFarm], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").write_text("a file is in the way")
+    assert ask(tmp_path, to_record(HelloRequest())) == REPLY
+    assert "not written down" in caplog.text

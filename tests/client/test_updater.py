@@ -13,7 +13,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from client import updater as module
+from client.hub import HubClient
 from client.labels import Labels
+from client.ledger import FILE, Ledger
 from client.serving import Serving
 from client.shadow import Judged, best_temperature, sure_from, try_out
 from client.trust import Trust
@@ -112,6 +114,23 @@ def farm(tmp_path: Path, good: tuple[VisionTransformer, ModelSpec]) -> Iterator[
 
 
 # --- what comes in and what stays out --------------------------------------------------------
+
+
+def test_what_is_said_to_the_hub_is_in_the_ledger(farm: Farm, tmp_path: Path) -> None:
+    client = HubClient(
+        farm.hub.address, farm.hub.files(), seed=0, ledger=Ledger.open(tmp_path / FILE)
+    )
+    with client as hub:
+        assert farm.updater().update(hub).outcome == "committed"
+        assert farm.updater().update(hub).outcome is None
+    objects = len(farm.registry.manifest(1).weights)
+    with Ledger.open(tmp_path / FILE) as ledger:
+        report, asked = ledger.totals()
+    assert {report.destination, asked.destination} == {f"hub {farm.hub.address}"}
+    assert (report.kind, report.messages) == ("install report", 1)
+    assert 20 < report.bytes < 200
+    assert (asked.kind, asked.messages) == ("request", 3), "the channel, objects, the channel"
+    assert 64 * objects < asked.bytes < 80 * objects + 100
 
 
 def test_the_first_version_is_put_in_use(farm: Farm) -> None:

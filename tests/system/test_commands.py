@@ -59,6 +59,21 @@ def test_every_byte_on_the_wire_is_a_typed_message_and_the_sizes_add_up(
     assert kinds == {"hello", "hello_reply", "align", "align_reply", "evaluate", "evaluate_reply"}
 
 
+@pytest.mark.parametrize("farm", FARMS)
+def test_a_farms_ledger_has_every_byte_that_left_it(
+    site: Site, messages: list[WireMessage], farm: str
+) -> None:
+    sent = [one for one in messages if getattr(one.message, "farm", None) == farm]
+    found = json.loads(call("fieldfed-client", "ledger", str(site.root / "farms" / farm), "--json"))
+    assert sum(row["bytes"] for row in found["totals"]) == sum(one.size for one in sent)
+    updates = [one.message.update for one in sent if isinstance(one.message, AlignReply)]
+    by_kind = {row["kind"]: row for row in found["totals"]}
+    assert by_kind["update"]["bytes"] == sum(update.nbytes for update in updates)
+    assert by_kind["update"]["messages"] == len(updates) == 2
+    assert by_kind.keys() == {"hello", "update", "scores", "metrics", "report"}
+    assert found["socket_sent_bytes"] > sum(one.size for one in sent)
+
+
 def test_no_classifier_and_no_image_is_among_the_bytes(
     told: Told, messages: list[WireMessage]
 ) -> None:
