@@ -223,6 +223,12 @@ def test_names_are_in_topics_and_never_in_templates(network: str, device: str) -
 
 
 @settings(deadline=None)
-@given(*[st.text("a_1", min_size=1, max_size=5)] * 4)
-def test_no_two_devices_share_a_place(a: str, b: str, c: str, d: str) -> None:
+@given(st.text("a_1", min_size=2, max_size=8), st.data())
+def test_no_two_devices_share_a_place(text: str, data: st.DataObject) -> None:
+    cuts = st.integers(1, len(text) - 1)
+    pairs = [
+        (text[:cut], text[cut:].lstrip("_") or "a") for cut in data.draw(st.tuples(cuts, cuts))
+    ]
+    (a, b), (c, d) = pairs
     assert (topic(a, b) == topic(c, d)) == ((a, b) == (c, d))
+    assert topic(f"{a}_{b}", c) != topic(a, f"{b}_{c}")

@@ -156,6 +156,14 @@ def test_a_board_is_asked_where_the_processor_says_nothing(tmp_path: Path) -> No
     assert temperature(lay(tmp_path, board)) == 90.0
 
 
+@pytest.mark.parametrize("said", ["-256000", "-40000", "130000", "255000", "hot", ""])
+def test_what_no_processor_has_is_not_believed(tmp_path: Path, said: str) -> None:
+    zone = {f"{ZONE}0/type": "cpu-thermal", f"{ZONE}0/temp": said}
+    assert temperature(lay(tmp_path, zone)) is None
+    other = {f"{ZONE}1/type": "soc-thermal", f"{ZONE}1/temp": "40000"}
+    assert temperature(lay(tmp_path, other)) == 40.0
+
+
 def test_a_sensor_that_fails_is_left_out(tmp_path: Path) -> None:
     lay(tmp_path, ORIN)
     (tmp_path / f"{ZONE}8/temp").unlink()
