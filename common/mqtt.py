@@ -37,9 +37,11 @@ from common.outbox import JSON, Kind, Outbox, text_of
 from common.processes import is_loopback
 from common.session import (
     CONNECT_SECONDS,
+    KEEP_MESSAGES,
     LEAVE_SECONDS,
     OFFLINE,
     ClosedError,
+    Keep,
     Memory,
     RefusedError,
     Session,
@@ -89,6 +91,9 @@ class Connection:
         seed: of pauses.
         session_seconds: that the broker keeps for us what comes while we are away; 0 for nothing.
         first_pause: most seconds before the first attempt to come back.
+        keep: if given, what was taken is acknowledged only once this has returned, which is called
+            soon after, for one message or for several; when it raises StateError they all come
+            again.
 
     Raises:
         ConfigError: a name cannot be part of a topic, or TLS files cannot be used.
@@ -105,6 +110,7 @@ class Connection:
         seed: int | None = None,
         session_seconds: int = 0,
         first_pause: float = FIRST_PAUSE,
+        keep: Keep | None = None,
     ) -> None:
         for name in (network, device):
             if not _NAME.fullmatch(name):
@@ -112,7 +118,8 @@ class Connection:
         broker.tls()
         if broker.password is not None and broker.ca is None and not is_loopback(broker.host):
             log.warning("the password goes to '%s' unencrypted; set 'ca' in [broker]", broker.host)
-        self._broker, self._name, self._outbox, self._take = broker, device, outbox, take
+        self._broker, self._name, self._outbox = broker, device, outbox
+        self._take, self._keep = take, keep
         self._id, self._base = f"fieldfed-{network}-{device}", f"fieldfed/{network}/{device}"
         self._random = random.Random(seed)  # noqa: S311
         self._session_seconds, self._first_pause = session_seconds, first_pause
@@ -164,7 +171,14 @@ class Connection:
 
     def set_state(self, body: Mapping[str, JSON]) -> None:
         """Publish the state of the device, now and after each connect; raises ProtocolError."""
-        self._memory.state = text_of(body).encode()
+        self.set_retained(f"{self._base}/state", body)
+
+    def set_retained(self, topic: str, body: Mapping[str, JSON]) -> None:
+        """Publish this for whoever comes later, now and after each connect; raises ProtocolError.
+
+        It replaces what was said on the topic, and is published again where it says the same.
+        """
+        self._memory.retained[topic] = text_of(body).encode()
         self._wake()
 
     def subscribe(self, topic_filter: str) -> None:
@@ -203,6 +217,8 @@ class Connection:
             if self._protocol == MQTTProtocolVersion.MQTTv5:
                 asked = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
                 asked.SessionExpiryInterval = self._session_seconds
+                if self._keep is not None:  # the broker would wait for our word before that
+                    asked.ReceiveMaximum = KEEP_MESSAGES
                 options = {"clean_start": self._session_seconds == 0, "properties": asked}
             session = Session(
                 client,
@@ -212,6 +228,7 @@ class Connection:
                 self._take,
                 self._ending.is_set,
                 self._ears,
+                self._keep,
             )
             session.run(
                 lambda: client.connect(broker.host, broker.port, broker.keepalive, **options),

@@ -32,11 +32,16 @@ WINDOW = 20
 ONLINE, OFFLINE = "online", "offline"
 LEAVE_SECONDS = 4.0
 TURN_SECONDS = 1.0
+KEEP_MESSAGES, KEEP_SECONDS = 500, 0.5
+"""Most that is taken before it is kept, and how long the first of it waits for more."""
+QUIET_SECONDS = 0.05
+"""After so long without a message what was taken is kept: the broker may wait for our word."""
 _HEADER_BYTES = 16
 _UNUSABLE: Final = frozenset({0x81, 0x82, 0x90, 0x95, 0x99})
 """Reasons that lie in the message itself: its form, its topic's name, its length, its payload."""
 
 Take: TypeAlias = Callable[[str, bytes, bool], None]
+Keep: TypeAlias = Callable[[], None]
 
 
 class RefusedError(LinkError):
@@ -55,7 +60,8 @@ class ClosedError(LinkError):
 class Memory:
     """What outlives a session."""
 
-    state: bytes | None = None
+    retained: dict[str, bytes] = field(default_factory=dict)
+    """What is published, retained, after each connect, by topic; other bytes are published anew."""
     filters: list[str] = field(default_factory=list)
     acknowledged: set[int] = field(default_factory=set)
     """What the broker has and the outbox, its disk being full, could not yet forget."""
@@ -74,6 +80,8 @@ class Session:
         take: gets what comes on subscribed topics; a message is acknowledged once it returns.
         ended: whether the end was asked for.
         wake: readable when there is something to do.
+        keep: if given, called after one message was taken, or several; only once it has returned
+            are they acknowledged.
     """
 
     def __init__(
@@ -85,14 +93,18 @@ class Session:
         take: Take,
         ended: Callable[[], bool],
         wake: socket.socket,
+        keep: Keep | None = None,
     ) -> None:
         self._client, self._base, self._outbox, self._memory = client, base, outbox, memory
-        self._take, self._ended, self._wake = take, ended, wake
+        self._take, self._ended, self._wake, self._keep = take, ended, wake, keep
+        client.manual_ack_set(keep is not None)
+        self._taken: list[tuple[int, int]] = []
+        self._first_taken = self._last_taken = 0.0
         self._reason: ReasonCode | None = None
         self._lost: ReasonCode | None = None
         self._flying: dict[int, int] = {}
         self._sent_until = self._subscribed = 0
-        self._told: bytes | None = None
+        self._told: dict[str, bytes] = {}
         self._window, self._largest, self._heard, self._full = WINDOW, 0, 0.0, False
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
@@ -117,7 +129,7 @@ class Session:
             self._publish("availability", ONLINE.encode())
             while not self._ended():
                 self._feed()
-                self._turn(TURN_SECONDS)
+                self._turn(self._patience())
                 self._settle()
             self._leave()
         finally:
@@ -144,6 +156,7 @@ class Session:
 
     def _leave(self) -> None:
         until = time.monotonic() + LEAVE_SECONDS
+        self._keep_taken()
         told = self._publish("availability", OFFLINE.encode())
         while not told.is_published() and (left := until - time.monotonic()) > 0:
             self._turn(left)
@@ -171,6 +184,8 @@ class Session:
         if self._client.want_write():
             self._client.loop_write()
         self._client.loop_misc()
+        if self._taken and self._patience() <= 0:
+            self._keep_taken()
         if self._flying and time.monotonic() > self._heard + ACKNOWLEDGE_SECONDS:
             raise LinkError(f"nothing was acknowledged for {ACKNOWLEDGE_SECONDS:.0f} s")
 
@@ -180,11 +195,11 @@ class Session:
         return self._client.publish(f"{self._base}/{name}", payload, qos=1, retain=True)
 
     def _feed(self) -> None:
-        """Send what is new: the state, subscriptions, and messages as far as the window goes."""
-        state = self._memory.state
-        if state is not None and state is not self._told:
-            self._told = state
-            self._publish("state", state)
+        """Send what is new: states, subscriptions, and messages as far as the window goes."""
+        for topic, payload in list(self._memory.retained.items()):
+            if self._told.get(topic) is not payload:
+                self._told[topic] = payload
+                self._client.publish(topic, payload, qos=1, retain=True)
         for one in self._memory.filters[self._subscribed :]:
             self._subscribed += 1
             self._client.subscribe(one, qos=1)
@@ -226,6 +241,26 @@ class Session:
     def _refuse(self, number: int, why: object) -> None:
         log.error("message %d cannot be sent and is given up: %s", number, why)
         self._outbox.refuse(number)
+
+    # --- what comes --------------------------------------------------------------------------
+
+    def _patience(self) -> float:
+        """Seconds for which there is nothing to do, unless the line or a wake says otherwise."""
+        if not self._taken:
+            return TURN_SECONDS
+        if len(self._taken) >= KEEP_MESSAGES:
+            return 0.0
+        due = min(self._first_taken + KEEP_SECONDS, self._last_taken + QUIET_SECONDS)
+        return max(0.0, due - time.monotonic())
+
+    def _keep_taken(self) -> None:
+        """Let what was taken be kept, and say so to the broker, in the order in which it came."""
+        if self._keep is None or not self._taken:
+            return
+        self._keep()
+        for number, qos in self._taken:
+            self._client.ack(number, qos)
+        self._taken.clear()
 
     # --- what paho tells: raised errors end the session --------------------------------------
 
@@ -290,3 +325,8 @@ class Session:
             raise  # not acknowledged: it comes again when there is room
         except Exception:
             log.exception("a message that came could not be used and is left out")
+        if self._keep is not None:
+            self._last_taken = time.monotonic()
+            if not self._taken:
+                self._first_taken = self._last_taken
+            self._taken.append((message.mid, message.qos))

@@ -4,6 +4,7 @@
     SuperExec   asks the SuperLink for runs and starts our ServerApp (server/app.py) for each
     hub         hands signed models to devices (server/hub.py), where one is configured
     metrics     shows figures to Prometheus (server/metrics.py), where they are configured
+    bridge      hears and tells devices over MQTT (server/bridge.py), where a broker is configured
 
 They are separate processes that share a secret: nobody else on the machine can take a run's token,
 and a run survives a restart of the SuperLink. Everything lies below the state folder; both are
@@ -133,11 +134,12 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
     hub = None if config.hub is None else _hub(network, config.hub)
     metrics = None if config.metrics is None else _metrics(network, config.metrics)
+    bridge = None if config.broker is None else _bridge(network)
     with terminate_like_interrupt(), Supervisor() as supervisor:
         listening = partial(wait_for_port, network.host, network.port, START_SECONDS, superlink)
         supervisor.start(superlink, ready=listening)
         supervisor.start(superexec)
-        for child in (hub, metrics):
+        for child in (hub, metrics, bridge):
             if child is not None:
                 supervisor.start(child)
         log.info("farms reach this server at %s", network.address)
@@ -201,6 +203,12 @@ def _metrics(network: Network, config: MetricsConfig) -> Child:
     command = [sys.executable, "-P", "-m", "server.metrics", str(network.state_dir)]
     log_file = logs_of(network.state_dir) / "metrics.log"
     return Child("metrics", lambda: command, log_file, dict(os.environ))
+
+
+def _bridge(network: Network) -> Child:
+    command = [sys.executable, "-P", "-m", "server.bridge", str(network.state_dir)]
+    log_file = logs_of(network.state_dir) / "bridge.log"
+    return Child("bridge", lambda: command, log_file, dict(os.environ))
 
 
 # --- runs ----------------------------------------------------------------------------------------

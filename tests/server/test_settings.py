@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from common.config import HubConfig, MetricsConfig, NetworkConfig, PlanConfig, ServerConfig
+from common.broker import Broker
+from common.config import (
+    HubConfig,
+    MetricsConfig,
+    NetworkConfig,
+    PageConfig,
+    PlanConfig,
+    ServerConfig,
+)
 from server.settings import RunSettings
 
 SETTINGS = RunSettings(config=ServerConfig(seed=3, plan=PlanConfig(rounds=4)))
@@ -22,6 +30,8 @@ def changed(**values: object) -> str:
         changed(),
         changed(hub=HubConfig(port=9000)),
         changed(metrics=MetricsConfig()),
+        changed(page=PageConfig()),
+        changed(broker=Broker(host="broker.example.org", username="server")),
         changed(server=NetworkConfig(port=9001)),
     ],
 )
