@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from common.topics import DeviceState
+from common.topics import DeviceState, Event, Result, Telemetry
 from server.telemetry import COLUMNS, HOUR, Fate, Table, TelemetryStore
 
 Value: TypeAlias = str | int | float | None
@@ -62,6 +62,11 @@ class Message:
     id: int
     time: float
     values: tuple[Value, ...]
+
+
+def values_of(table: Table, body: Telemetry | Result | Event) -> tuple[Value, ...]:
+    """What a message says, in the order of its table's columns."""
+    return tuple(getattr(body, name) for name in COLUMNS[table])
 
 
 @dataclass

@@ -46,11 +46,11 @@ from common.topics import (
     Telemetry,
     Topic,
 )
-from server.arrivals import Arrivals, Batch, Message, Said, There
+from server.arrivals import Arrivals, Batch, Message, Said, There, values_of
 from server.notices import Notices
 from server.retention import MOST_BYTES as MOST_STORED
 from server.retention import SPARE, Retention
-from server.telemetry import COLUMNS, NAME, Fate, Table
+from server.telemetry import NAME, Fate, Table
 
 log = logging.getLogger("server.bridge")  # also where this module is the program
 
@@ -168,8 +168,7 @@ def _read(where: Topic, payload: bytes) -> There | Said | Message:
     if where.part == "state":
         return Said(where.device, DeviceState.parse(payload))
     table, kind = _KINDS[where.part]
-    body, stamp = vars(kind.parse(payload)), _Stamp.parse(payload)
-    values = tuple(body[name] for name in COLUMNS[table])
+    stamp, values = _Stamp.parse(payload), values_of(table, kind.parse(payload))
     if any(isinstance(value, int) and value > _LARGEST for value in values):
         raise ProtocolError("a number that is too large to be kept")
     return Message(where.device, table, stamp.id, stamp.time, values)

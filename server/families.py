@@ -1,8 +1,9 @@
 """The metric families of a server: each source on disk yields its families.
 
 Names begin with ``fieldfed_``, units are seconds, bytes and ratios, times are unix seconds. Values
-of labels are bounded: by an enum, by the blocks and heads of the backbone, by ``MOST_FARMS`` and
-``MOST_CHANNELS``. No label is a path, a class or a text that a farm may choose.
+of labels are bounded: by an enum, by the blocks and heads of the backbone, by ``MOST_FARMS``, of
+farms and of devices, and ``MOST_CHANNELS``. No label is a path, a class or a text that a farm may
+choose.
 """
 
 import math
@@ -28,9 +29,10 @@ from common.manifest import Outcome
 from common.mask import Blocks, Mask
 from common.scores import UnitScores
 from server.consensus import rank_correlation
-from server.figures import Figures, RegistryFigures, RoundNow
+from server.figures import MOST_FARMS, Figures, RegistryFigures, RoundNow
 from server.rollout import RolloutPlan
 from server.rows import RunState, ScoreRow
+from server.telemetry import TelemetryStore
 from server.versions import RolloutRow, RolloutState
 
 Samples: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
@@ -72,9 +74,9 @@ def of_runs(figures: Figures) -> Iterable[Metric]:
     yield _gauges("run_state", "1 for the state that the newest run is in", ["state"], states)
     ended = _each(figures.runs_by_state(), ENDED)
     yield _counters("runs", "Runs that ended, by how", ["state"], ended)
-    yield _counter("rounds", "Rounds that were committed or failed", sums.committed + sums.failed)
-    yield _counter("rounds_failed", "Rounds that were open when their run failed", sums.failed)
-    yield _counter("rounds_reopened", "Times a round was begun again after a crash", sums.reopened)
+    rounds = {"committed": sums.committed, "failed": sums.failed, "reopened": sums.reopened}
+    what = "Rounds committed, open when their run failed, or begun again after a crash"
+    yield _counters("rounds", what, ["outcome"], _each(rounds, rounds))
     seconds = Counter(figures.round_seconds())
     what = "From the first beginning of a round to its commit"
     yield _histogram("round_duration_seconds", what, ROUND_SECONDS, seconds)
@@ -114,9 +116,10 @@ def of_farms(figures: Figures) -> Iterable[Metric]:
     seen = {} if run is None else figures.last_seen(run.run)
     quality = [] if run is None else figures.quality(run.run)
     shown = [row for row in quality if row.farm in seen]
-    count = 0 if run is None else figures.farm_count(run.run)
-    yield _gauge("farms", "Farms of the newest run, also those not shown one by one", _one(count))
-    yield _gauge("farms_paused", "Farms that are not asked any more", _one(len(figures.pauses())))
+    active = 0 if run is None else figures.active_farms(run.run)
+    counts = {"active": active, "paused": len(figures.pauses())}
+    what = "Farms of the newest run, also those not shown one by one, and those asked no more"
+    yield _gauges("farms", what, ["state"], _each(counts, counts))
     labels = ["farm", "part"]
     accuracy = (((row.farm, row.part), row.accuracy) for row in shown)
     what = "Newest accuracy of a shared backbone at a farm, on its decide or test part"
@@ -161,6 +164,26 @@ def _head_scores(figures: Figures, row: ScoreRow) -> Samples:
 def _agreement(rows: Sequence[ScoreRow]) -> float | None:
     farms = [UnitScores((row.heads,), ()) for row in rows if row.farm is not None]
     return rank_correlation(farms) if len(farms) > 1 else None
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def of_devices(told: TelemetryStore) -> Iterable[Metric]:
+    """What devices told over MQTT, beside their results, which are for the operator's page."""
+    presence = told.presence()
+    shown = told.devices(MOST_FARMS)
+    what = "Devices that the broker knows to be there or not, also those not shown one by one"
+    yield _gauges("devices", what, ["state"], _each(presence, ("online", "offline")))
+    seen = [((row.name,), row.seen) for row in shown if row.seen is not None]
+    what = "When a message last came from a device"
+    yield _gauges("device_last_seen_timestamp_seconds", what, ["device"], seen)
+    waiting = [((row.name,), row.outbox) for row in shown if row.outbox is not None]
+    what = "Messages that waited on a device for its broker, by its newest telemetry"
+    yield _gauges("device_outbox_messages", what, ["device"], waiting)
+    counts = told.counts()
+    what = "Messages that came over MQTT, by what became of them"
+    yield _counters("telemetry_messages", what, ["outcome"], _each(counts, counts))
 
 
 # --- registry and certificates -------------------------------------------------------------------
@@ -252,7 +275,7 @@ def _of(row: Row | None, value: Callable[[Row], float]) -> Samples:
     return [] if row is None else [((), value(row))]
 
 
-def _each(counts: Mapping[str, float], values: Iterable[str]) -> Samples:
+def _each(counts: Mapping[Any, float], values: Iterable[str]) -> Samples:
     """A sample for every value that a label may have; what did not occur counts 0."""
     return [((str(value),), counts.get(value, 0)) for value in values]
 

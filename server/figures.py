@@ -163,9 +163,12 @@ class Figures(Store):
 
     # --- the farms of a run ------------------------------------------------------------------
 
-    def farm_count(self, run: int) -> int:
-        """Farms of a run, by name."""
-        sql = "SELECT COUNT(DISTINCT farm) AS count FROM farms WHERE run = ?"
+    def active_farms(self, run: int) -> int:
+        """Farms of a run, by name, that are not paused."""
+        sql = (
+            "SELECT COUNT(DISTINCT farm) AS count FROM farms WHERE run = ? AND farm NOT IN "
+            "(SELECT farm FROM pauses WHERE readmitted IS NULL)"
+        )
         return int(self._select(sql, run)[0]["count"])
 
     def last_seen(self, run: int) -> Mapping[str, float]:

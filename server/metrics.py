@@ -26,9 +26,10 @@ from common.config import MetricsConfig, ServerConfig
 from common.errors import ConfigError, FieldfedError
 from common.processes import terminate_like_interrupt
 from common.settings import load_settings
-from server import families
+from server import families, telemetry
 from server.figures import Figures, RegistryFigures, reading
 from server.identity import expiries
+from server.telemetry import TelemetryStore
 
 log = logging.getLogger("server.metrics")  # also where this module is the program
 
@@ -64,6 +65,7 @@ class StateCollector(Collector):
                     None if store is None else self._tried(name, partial(_all, read, store))
                 )
         found["registry"] = self._tried("registry", self._registry)
+        found["telemetry"] = self._tried("telemetry", self._telemetry)
         found["certificates"] = self._tried("certificates", self._certificates)
         shown = [family for source in found.values() for family in source or ()]
         up = {name: source is not None for name, source in found.items()}
@@ -83,6 +85,10 @@ class StateCollector(Collector):
     def _registry(self) -> list[Metric]:
         with reading(RegistryFigures, self._state_dir / "registry" / "registry.db") as figures:
             return list(families.of_registry(figures))
+
+    def _telemetry(self) -> list[Metric]:
+        with reading(TelemetryStore, self._state_dir / telemetry.NAME) as told:
+            return list(families.of_devices(told))
 
     def _certificates(self) -> list[Metric]:
         return list(families.of_certificates(expiries(self._state_dir / "identity")))

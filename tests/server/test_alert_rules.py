@@ -18,11 +18,14 @@ from client.cli import app as client_app
 from common.config import MetricsConfig
 from common.errors import RejectReason
 from common.manifest import Outcome
+from server import telemetry
+from server.arrivals import Arrivals
 from server.cli import app as server_app
 from server.identity import Authority
 from server.metrics import STORE, StateCollector
 from server.rows import RunState
 from server.store import Store
+from server.telemetry import Fate, Presence
 from server.versions import RolloutState, Versions
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -37,10 +40,16 @@ ENDINGS = {
     "gauge": ("",),
 }
 VALUES = {
-    "state": {*get_args(RunState), *get_args(RolloutState)},
-    "outcome": {*get_args(Outcome)},
+    "state": {
+        *get_args(RunState),
+        *get_args(RolloutState),
+        *get_args(Presence),
+        "active",
+        "paused",
+    },
+    "outcome": {*get_args(Outcome), *get_args(Fate), "committed", "failed", "reopened"},
     "reason": {str(reason) for reason in RejectReason},
-    "source": {*STORE, "registry", "certificates"},
+    "source": {*STORE, "registry", "telemetry", "certificates"},
     "holder": {"authority", "server", "farms"},
     "part": {"decide", "test"},
 }
@@ -81,6 +90,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
     (folder / "registry").mkdir()
     Versions.open(folder / "registry" / "registry.db").close()
     Authority.create(folder / "identity", "valley", [])
+    Arrivals.open(folder / telemetry.NAME).close()
     found = StateCollector(folder).collect()
     (up,) = [family for family in found if family.name == "fieldfed_up_source"]
     assert all(sample.value == 1 for sample in up.samples), "every source has to be read"

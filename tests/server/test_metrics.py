@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from email.message import Message
+from email.message import Message as Headers
 from pathlib import Path
 from typing import get_args
 
@@ -38,7 +38,9 @@ from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
 from common.settings import load_settings
-from server import figures, launch, rollout
+from common.topics import DeviceState, Result, Telemetry
+from server import families, figures, launch, metrics, rollout, telemetry
+from server.arrivals import Arrivals, Batch, Message, Said, There, values_of
 from server.figures import MOST_FARMS, Figures, reading
 from server.identity import Authority
 from server.metrics import MetricsServer, StateCollector
@@ -47,6 +49,7 @@ from server.rollout import RolloutPlan
 from server.rows import GUARD, RunRow, SpooledReply, VerdictRow
 from server.status import snapshot
 from server.store import CandidateRow, Store
+from server.telemetry import Fate
 from server.versions import InstallRow, Versions
 from tests.lab.network import Lab
 from tests.lab.replies import DIGEST, align_reply
@@ -57,11 +60,14 @@ Labels = tuple[tuple[str, str], ...]
 Series = dict[tuple[str, Labels], float]
 Parse = Callable[[str], Iterable[Metric]]
 
-SOURCES = ("runs", "replies", "farms", "model", "store", "registry", "certificates")
+SOURCES = ("runs", "replies", "farms", "model", "store", "registry", "telemetry", "certificates")
 LABELS = {
     *("state", "le", "outcome", "reason", "direction", "farm", "part", "block", "head"),
-    *("channel", "holder", "source", "version", "python"),
+    *("channel", "holder", "source", "version", "python", "device"),
 }
+
+
+ACTIVE = "fieldfed_farms", (("state", "active"),)
 
 
 def lost(_node: int, _request: Request, reply: Reply) -> str | None:
@@ -87,6 +93,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     for farm, days in (("farm0", 10), ("farm1", 20), ("farm0", 30)):
         identity = FarmIdentity.create(made.root / "identities" / farm, farm)
         authority.sign(identity.request(), days)
+    tell(made.server_dir)
     return made
 
 
@@ -100,6 +107,34 @@ def fill(registry: Registry) -> None:
         registry.rows.record_install(row)
 
 
+def tell(folder: Path) -> None:
+    """Two devices, one of which is called like its farm; some of their messages were bad."""
+    state = DeviceState(farm="farm0", release="1.0", species="class0")
+    measured = Telemetry(
+        uptime_seconds=5,
+        cpu_ratio=0.5,
+        memory_used_bytes=1,
+        memory_bytes=2,
+        disk_free_bytes=3,
+        outbox_messages=7,
+    )
+    result = Result(taken=1.0, label="class0", share=0.5, sure=True, version=1)
+    batch = Batch(
+        news=[
+            There("farm0", True),
+            There("gate", False),
+            Said("farm0", state),
+            Message("farm0", "telemetry", 1, 1.0, values_of("telemetry", measured)),
+            Message("farm0", "results", 2, 1.0, values_of("results", result)),
+            Message("farm0", "results", 2, 1.0, values_of("results", result)),
+        ],
+        seen={"farm0": 1_700_000_000.0},
+    )
+    batch.fates["malformed"] += 3
+    with Arrivals.open(folder / telemetry.NAME) as arrivals:
+        arrivals.keep(batch, 1_700_000_000.0)
+
+
 @pytest.fixture
 def copied(lab: Lab, tmp_path: Path) -> Path:
     """What the server has on disk, to be changed."""
@@ -107,6 +142,7 @@ def copied(lab: Lab, tmp_path: Path) -> Path:
     folder.mkdir()
     for path in lab.server_dir.glob("fieldfed.db*"):
         shutil.copy(path, folder)
+    shutil.copy(lab.server_dir / telemetry.NAME, folder)
     for name in ("registry", "identity"):
         shutil.copytree(lab.server_dir / name, folder / name)
     return folder
@@ -171,9 +207,15 @@ def runs_of(store: Store) -> Series:
         at("run_number", len(store.runs()))
         | each("run_state", "state", {"running": 0, "done": 1, "stopped": 0, "failed": 0})
         | each("runs_total", "state", {s: states[s] for s in ("done", "stopped", "failed")})
-        | at("rounds_total", len(committed) + len(failed))
-        | at("rounds_failed_total", len(failed))
-        | at("rounds_reopened_total", sum(row.attempt - 1 for _, row in rounds))
+        | each(
+            "rounds_total",
+            "outcome",
+            {
+                "committed": len(committed),
+                "failed": len(failed),
+                "reopened": sum(row.attempt - 1 for _, row in rounds),
+            },
+        )
         | histogram(
             "round_duration_seconds",
             [row.finished - row.started for row in committed if row.finished is not None],
@@ -225,7 +267,9 @@ def replies_of(store: Store) -> Series:
 
 def farms_of(store: Store) -> Series:
     run = latest(store)
-    found = at("farms", len(store.farms(run.run))) | at("farms_paused", len(store.pauses()))
+    paused = {row.farm for row in store.pauses()}
+    active = {row.farm for row in store.farms(run.run)} - paused
+    found = each("farms", "state", {"active": len(active), "paused": len(paused)})
     newest = {row.farm: row for row in store.last_replies(run.run)}
     reports = {row.farm: row for row in store.reports(run.run, run.message)}
     judged = {row.farm: row for row in store.reports(run.run, GUARD)}
@@ -297,6 +341,16 @@ def certificates_of(folder: Path) -> Series:
     return each("certificate_expiry_timestamp_seconds", "holder", ends)
 
 
+def devices_of() -> Series:
+    counts = dict.fromkeys(get_args(Fate), 0) | {"stored": 5, "duplicate": 1, "malformed": 3}
+    return (
+        each("devices", "state", {"online": 1, "offline": 1})
+        | at("device_last_seen_timestamp_seconds", 1_700_000_000.0, device="farm0")
+        | at("device_outbox_messages", 7, device="farm0")
+        | each("telemetry_messages_total", "outcome", counts)
+    )
+
+
 def told_of(folder: Path) -> Series:
     """Every series but the release's."""
     with Store.open(folder / "fieldfed.db", read_only=True) as store:
@@ -307,6 +361,7 @@ def told_of(folder: Path) -> Series:
             | model_of(store, folder)
             | store_of(store, folder)
             | registry_of(folder)
+            | devices_of()
             | certificates_of(folder)
             | each("up_source", "source", dict.fromkeys(SOURCES, 1.0))
         )
@@ -328,7 +383,7 @@ def test_the_run_had_what_the_figures_are_about(lab: Lab) -> None:
     named: dict[str, float] = defaultdict(float)
     for (name, _), value in found.items():
         named[name] += value
-    assert named["fieldfed_rounds_failed_total"] == 1
+    assert found["fieldfed_rounds_total", (("outcome", "failed"),)] == 1
     assert found["fieldfed_replies_rejected_total", (("reason", "foreign_mask"),)] == 1
     assert found["fieldfed_replies_rejected_total", (("reason", "lost"),)] > 0
     assert named["fieldfed_heads_kept"] == round(0.6 * 12)
@@ -341,10 +396,11 @@ def test_families_and_series_are_few(lab: Lab) -> None:
     assert len(families) == len({one.name for one in families}) <= 40
     assert all(one.name.startswith("fieldfed_") and one.documentation for one in families)
     found = scraped(lab.server_dir)
-    farms = Counter(dict(labels).get("farm") for _, labels in found)
-    del farms[None]
+    farms = Counter(
+        value for _, labels in found for name, value in labels if name in ("farm", "device")
+    )
     assert set(farms) == {"farm0", "farm1", "farm2"}
-    assert max(farms.values()) <= 7
+    assert max(farms.values()) == farms["farm0"] <= 7, "a farm's only device, called as the farm"
     assert {label for _, labels in found for label, _ in labels} <= LABELS
 
 
@@ -364,9 +420,12 @@ def test_no_path_and_no_class_leaks(lab: Lab) -> None:
 def test_only_so_many_farms_are_shown_one_by_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_FARMS == 1000
     monkeypatch.setattr(figures, "MOST_FARMS", 2)
+    monkeypatch.setattr(families, "MOST_FARMS", 0)
     found = scraped(lab.server_dir)
     assert {dict(labels).get("farm") for _, labels in found} == {None, "farm0", "farm1"}
-    assert found["fieldfed_farms", ()] == 3
+    assert not any("device" in dict(labels) for _, labels in found)
+    assert found["fieldfed_devices", (("state", "online"),)] == 1
+    assert found[ACTIVE] == 3
 
 
 # --- counters ------------------------------------------------------------------------------------
@@ -394,7 +453,7 @@ def test_counters_only_rise_when_another_run_begins(copied: Path) -> None:
     assert all(found[key] >= value for key, value in before.items())
     down = "fieldfed_message_bytes_total", (("direction", "down"),)
     assert found[down] == before[down] + 100
-    assert found["fieldfed_farms", ()] == 1
+    assert found[ACTIVE] == 1
     assert found["fieldfed_macs_ratio", ()] == 1
     assert not any(name == "fieldfed_head_score" for name, _ in found), "they are of another run"
 
@@ -447,9 +506,9 @@ def test_a_round_that_goes_on_is_seen_and_its_replies_count_at_its_end(tmp_path:
     assert found[late, (("le", "0.0"),)] == 2
     assert found[late, (("le", "1.0"),)] == 3
     assert found["fieldfed_reply_staleness_rounds_sum", ()] == 1
-    assert found["fieldfed_rounds_reopened_total", ()] == 1
+    assert found["fieldfed_rounds_total", (("outcome", "reopened"),)] == 1
     assert found["fieldfed_cuts_total", (("outcome", "undone"),)] == 1
-    assert found["fieldfed_farms_paused", ()] == 1
+    assert found["fieldfed_farms", (("state", "paused"),)] == 1
     assert found[decide] == 0.75
     assert ("fieldfed_farm_accuracy_ratio", (("farm", "farm2"), ("part", "decide"))) not in found
 
@@ -476,7 +535,7 @@ def test_quality_is_the_newest_of_a_shared_backbone(tmp_path: Path) -> None:
             store.record_report(run, label, 1, 9, reply)
         store.upsert_farm(run, 2, "farm1", 10, 2)  # it slept, and is another node now
     found = scraped(tmp_path)
-    assert found["fieldfed_farms", ()] == 1
+    assert found[ACTIVE] == 1
     figures_of_it = {
         (name.removeprefix("fieldfed_farm_"), dict(labels).get("part")): value
         for (name, labels), value in found.items()
@@ -517,7 +576,7 @@ def test_a_store_without_a_run(tmp_path: Path) -> None:
     Store.open(tmp_path / "fieldfed.db").close()
     found = scraped(tmp_path)
     assert [name for name, value in up(found).items() if value] == list(SOURCES[:5])
-    assert found["fieldfed_rounds_total", ()] == found["fieldfed_farms", ()] == 0
+    assert found["fieldfed_rounds_total", (("outcome", "committed"),)] == found[ACTIVE] == 0
     assert not any(
         name.startswith(("fieldfed_run_number", "fieldfed_round_n")) for name, _ in found
     )
@@ -570,9 +629,10 @@ def test_a_damaged_store_takes_away_only_what_it_told(
 
 def test_a_damaged_registry_or_certificate(copied: Path) -> None:
     overwritten(copied / "registry" / "registry.db")
+    overwritten(copied / telemetry.NAME)
     (copied / "identity" / "server.crt").write_text("no certificate")
     down = {name for name, value in up(scraped(copied)).items() if not value}
-    assert down == {"registry", "certificates"}
+    assert down == {"registry", "telemetry", "certificates"}
 
 
 def test_a_damaged_line_in_the_list_of_certificates(copied: Path) -> None:
@@ -637,7 +697,7 @@ class Answer:
     status: int
     kind: str
     text: str
-    headers: Message
+    headers: Headers
 
 
 @contextmanager
