@@ -64,6 +64,9 @@ min_farms = 1           # farms that must be online before a run starts
 
 # [metrics]             # figures for Prometheus, on this machine
 # port = 9464
+
+# [broker]              # devices tell how they are over MQTT: see certify-broker
+# host = "mqtt.example.org"
 """
 
 
@@ -218,6 +221,36 @@ def certify(
     member = certified(_settings(folder), folder, request, hub)
     write_atomically(out, member.model_dump_json().encode())
     print(f"give {out} to farm {member.farm}, which runs: fieldfed-client join")
+
+
+@app.command(
+    "certify-broker", epilog="Example: fieldfed-server certify-broker network mqtt.example.org"
+)
+def certify_broker(
+    folder: Folder,
+    hosts: Annotated[list[str], typer.Argument(help="names or addresses devices reach it by")],
+    out: Annotated[Path | None, typer.Option(help="default: FOLDER/broker")] = None,
+) -> None:
+    """Write what an MQTT broker shows to devices, and what the server shows to the broker."""
+    from server.identity import Authority
+
+    name, identity = _settings(folder).server.name, folder / "identity"
+    if not identity.exists():
+        Authority.create(identity, name, [])
+    target = out or folder / "broker"
+    Authority.open(identity).certify_broker(target, hosts)
+    print(
+        f"wrote {target}: give ca.crt, broker.crt and broker.key to the broker, and to {folder}/"
+        f'server.toml:\n[broker]\nhost = "{hosts[0]}"\n'
+        + "\n".join(
+            f'{key} = "{(target / file).resolve()}"'
+            for key, file in (
+                ("ca", "ca.crt"),
+                ("certificate", "server.crt"),
+                ("key", "server.key"),
+            )
+        )
+    )
 
 
 @app.command(epilog="Example: fieldfed-server readmit network apple")

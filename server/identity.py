@@ -26,6 +26,7 @@ from common import certificates
 from common.certificates import Issuer, PrivateKey, PublicKey, Validity
 from common.errors import ConfigError, ProtocolError, StateError
 from common.files import append, only_one, write_atomically
+from common.topics import RESERVED, SERVER
 from server.issued import Issued, issued_in, record, seen_in
 
 CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
@@ -191,6 +192,36 @@ class Authority:
         self._certify_server(names, now)
         return True
 
+    def certify_broker(
+        self, folder: Path, hosts: Sequence[str], now: datetime | None = None
+    ) -> None:
+        """Write what an MQTT broker and our own connection to it need, with new keys.
+
+        ``broker.crt`` and ``.key`` are the broker's, reached as ``hosts``; ``server.crt`` and
+        ``.key`` show it who the server is; ``ca.crt`` is what both check the other against.
+
+        Raises:
+            ConfigError: a host is not one.
+            StateError: the authority has expired.
+            DiskError: the disk is full or the folder cannot be written.
+        """
+        names, now = _names(hosts), now or datetime.now(UTC)
+        validity = self._validity(now, SERVER_LIFE)
+        for name, subject, usage, reached in (
+            ("broker", f"{self.network} broker", ExtendedKeyUsageOID.SERVER_AUTH, names),
+            (SERVER, SERVER, ExtendedKeyUsageOID.CLIENT_AUTH, ()),
+        ):
+            key = certificates.new_key()
+            issuer = self._issuer
+            certificate = certificates.issue(
+                subject, key.public_key(), issuer, validity, usage, reached
+            )
+            # a certificate without its key is of no use, and a crash must not leave two at odds
+            (folder / f"{name}.crt").unlink(missing_ok=True)
+            certificates.write_key(folder / f"{name}.key", key)
+            write_atomically(folder / f"{name}.crt", certificates.pem(certificate))
+        write_atomically(folder / _CA, certificates.pem(self._issuer.certificate))
+
     @classmethod
     def _create_authority(cls, folder: Path, network: str, now: datetime) -> "Authority":
         if _missing(folder, (_CA_KEY,)):
@@ -333,4 +364,6 @@ def _asked(request_pem: bytes) -> tuple[str, PublicKey]:
         raise ProtocolError(
             f"a request for farm {farm[:60]!r}: a name has 1-40 letters, digits, '_' or '-'"
         )
+    if farm in RESERVED:  # the broker goes by this name, and would take the farm for the server
+        raise ProtocolError(f"no farm can be called '{farm}'; let it choose another name")
     return farm, key

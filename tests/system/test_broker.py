@@ -4,13 +4,8 @@ The same with paho alone, which keeps in memory what it has not sent, shows what
 """
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +15,9 @@ import pytest
 from common.broker import Broker
 from common.mqtt import Connection, Seen
 from common.outbox import Outbox
-from common.processes import Child, free_port, stop_all, wait_for_port
+from tests.system.bridges import Bridge
+from tests.system.mosquitto import MOSQUITTO, OURS, Mosquitto, device
 from tests.waiting import wait_until
-
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 pytestmark = [
     pytest.mark.processes,
@@ -33,34 +27,6 @@ pytestmark = [
 
 RESULTS = 10_000
 KILLED_AFTER = 4_000
-SETTINGS = """
-user root
-listener {port} 127.0.0.1
-allow_anonymous true
-persistence true
-persistence_location {folder}/
-max_queued_messages 0
-"""
-
-OURS = """
-import json, sys
-from pathlib import Path
-from common.broker import Broker
-from common.mqtt import Connection
-from common.outbox import Outbox
-port, _, end = map(int, sys.argv[2:])
-with Outbox.open(Path(sys.argv[1])) as outbox:
-    known = outbox.waiting(1_000_000)
-    start = json.loads(known[-1].payload)["number"] + 1 if known else 0
-    with Connection(Broker(host="127.0.0.1", port=port), "valley", "oak", outbox) as connection:
-        print("ready", flush=True)
-        sys.stdin.readline()
-        for number in range(start, end):
-            connection.put("result", {"number": number})
-            print(number, flush=True)
-        sys.stdin.readline()
-"""
-
 PAHO = """
 import json, sys
 from paho.mqtt.client import Client
@@ -78,73 +44,6 @@ for number in range(start, end):
     print(number, flush=True)
 sys.stdin.readline()
 """
-
-
-class Mosquitto:
-    """A broker that comes and goes, and remembers over a stop what it has to deliver."""
-
-    def __init__(self, folder: Path, more: str = "") -> None:
-        self.port = free_port()
-        folder.mkdir()
-        self._settings = folder / "mosquitto.conf"
-        self._settings.write_text(SETTINGS.format(port=self.port, folder=folder) + more)
-        command = [str(MOSQUITTO), "-c", str(self._settings)]
-        self._child = Child("mosquitto", lambda: command, folder / "mosquitto.log")
-
-    def start(self) -> None:
-        self._child.start()
-        wait_for_port("127.0.0.1", self.port, 20, self._child)
-
-    def stop(self) -> None:
-        stop_all([self._child], 10)
-
-
-@dataclass
-class Device:
-    """A process that puts results once it is told to, and goes on until it is told again."""
-
-    process: "subprocess.Popen[str]"
-
-    def tell(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def heard(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def put(self, end: int) -> None:
-        """Let it put until it has said that the one before ``end`` is put."""
-        self.tell()
-        while (line := self.heard()) != str(end - 1):
-            assert line, "the device ended"
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-
-    def end(self) -> None:
-        self.tell()
-        self.process.wait(20)
-
-
-@contextmanager
-def device(script: str, folder: Path, port: int, start: int, end: int) -> Iterator[Device]:
-    arguments = [str(folder / "outbox.db"), *map(str, (port, start, end))]
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", script, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            found = Device(process)
-            assert found.heard() == "ready"
-            yield found
-        finally:
-            if process.poll() is None:
-                process.kill()
 
 
 @dataclass
@@ -186,7 +85,7 @@ def valley(tmp_path: Path) -> Iterator[Valley]:
         connection = Connection(
             Broker(host="127.0.0.1", port=broker.port),
             "valley",
-            "server",
+            "watcher",
             outbox,
             server.take,
             session_seconds=3600,
@@ -217,8 +116,12 @@ def away(valley: Valley, script: str, folder: Path) -> None:
 
 
 def test_all_results_arrive_in_order_and_once(valley: Valley, tmp_path: Path) -> None:
-    away(valley, OURS, tmp_path)
-    assert valley.server.numbers == list(range(RESULTS))
+    with Bridge(tmp_path / "bridge", valley.broker.port) as bridge:
+        wait_until(lambda: bridge.names == {"watcher"}, 20, "the bridge's subscription")
+        away(valley, OURS, tmp_path)
+        assert valley.server.numbers == list(range(RESULTS))
+        wait_until(lambda: len(bridge.numbers()) == RESULTS, 60, "the last result at the bridge")
+        assert bridge.numbers() == list(range(RESULTS))
 
 
 def test_paho_alone_loses_what_the_killed_process_had_not_sent(
