@@ -6,6 +6,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -430,6 +431,106 @@ def test_what_comes_is_taken_whatever_was_wrong_with_the_one_before(
     assert came == [("a/b", b"good", False), ("a/b", b"full", False)]
     assert "could not be used" in caplog.text
     assert not broker.visits[0].clean
+
+
+def test_what_is_kept_is_acknowledged_after_it_and_in_order(
+    broker: FakeBroker, outbox: Outbox
+) -> None:
+    came, kept, room = list[bytes](), list[bytes](), threading.Event()
+
+    def take(_topic: str, payload: bytes, _retained: bool) -> None:
+        if payload == b"3":
+            raise KeyError("bad")
+        came.append(payload)
+
+    def keep() -> None:
+        assert broker.acknowledged == list(range(1, 1 + len(kept)))
+        assert room.wait(10)
+        kept[:] = came
+
+    with device(broker, outbox, take=take, keep=keep, session_seconds=600) as oak:
+        oak.subscribe("a/#")
+        wait_until(lambda: broker.visits and broker.visits[0].filters, 10, "the subscription")
+        for number in range(1, 8):
+            broker.push("a/b", str(number).encode(), number)
+        wait_until(lambda: came, 10, "a message")
+        assert broker.acknowledged == []
+        room.set()
+        wait_until(lambda: broker.acknowledged == list(range(1, 8)), 10, "all of them")
+    assert kept == [b"1", b"2", b"4", b"5", b"6", b"7"]
+
+
+def test_many_are_kept_at_once_and_few_soon(broker: FakeBroker, outbox: Outbox) -> None:
+    sizes, came = list[int](), list[bytes]()
+
+    def keep() -> None:
+        sizes.append(len(came))
+        came.clear()
+
+    take = lambda _topic, payload, _retained: came.append(payload)  # noqa: E731
+    with device(broker, outbox, take=take, keep=keep) as oak:
+        oak.subscribe("a/#")
+        wait_until(lambda: broker.visits and broker.visits[0].filters, 10, "the subscription")
+        for number in range(1, 1201):
+            broker.push("a/b", b"x", number)
+        wait_until(lambda: len(broker.acknowledged) == 1200, 30, "all of them")
+        assert max(sizes) <= common.session.KEEP_MESSAGES
+        assert len(sizes) < 200
+        begin = time.monotonic()
+        broker.push("a/b", b"x", 1201)
+        wait_until(lambda: len(broker.acknowledged) == 1201, 30, "a single one")
+        assert sizes[-1] == 1
+        assert time.monotonic() - begin < 10
+
+
+def test_what_cannot_be_kept_comes_again(broker: FakeBroker, outbox: Outbox) -> None:
+    full = threading.Event()
+    full.set()
+
+    def keep() -> None:
+        if full.is_set():
+            raise DiskError("no room")
+
+    with device(broker, outbox, keep=keep, session_seconds=600) as oak:
+        oak.subscribe("a/#")
+        wait_until(lambda: broker.visits and broker.visits[0].filters, 10, "the subscription")
+        broker.push("a/b", b"x", 1)
+        wait_until(lambda: len(broker.visits) == 2 and oak.connected, 10, "another connect")
+        assert broker.acknowledged == []
+        full.clear()
+        broker.push("a/b", b"x", 1)  # as a broker does that keeps the session
+        wait_until(lambda: broker.acknowledged == [1], 10, "its being acknowledged")
+
+
+def test_what_was_taken_last_is_kept_before_the_farewell(
+    broker: FakeBroker, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.session, "QUIET_SECONDS", 100.0)
+    monkeypatch.setattr(common.session, "KEEP_SECONDS", 100.0)
+    came = list[bytes]()
+    take = lambda _topic, payload, _retained: came.append(payload)  # noqa: E731
+    with device(broker, outbox, take=take, keep=lambda: None) as oak:
+        oak.subscribe("a/#")
+        wait_until(lambda: broker.visits and broker.visits[0].filters, 10, "the subscription")
+        broker.push("a/b", b"x", 1)
+        wait_until(lambda: came, 10, "its coming")
+        assert broker.acknowledged == []
+    wait_until(lambda: broker.acknowledged == [1], 10, "its being acknowledged")
+
+
+def test_what_is_said_for_latecomers_is_said_with_each_connect_and_when_it_changes(
+    broker: FakeBroker, outbox: Outbox
+) -> None:
+    with device(broker, outbox) as oak:
+        oak.set_retained("fieldfed/valley/models/stable", {"version": 1})
+        wait_until(lambda: broker.said("models/stable") == [b'{"version":1}'], 10, "the first")
+        broker.cut()
+        wait_until(lambda: len(broker.said("models/stable")) == 2, 10, "the same again")
+        oak.set_retained("fieldfed/valley/models/stable", {"version": 1})
+        wait_until(lambda: len(broker.said("models/stable")) == 3, 10, "the same, said anew")
+        oak.set_retained("fieldfed/valley/models/stable", {"version": 2})
+        wait_until(lambda: broker.said("models/stable")[3:] == [b'{"version":2}'], 10, "the next")
+    assert all(one.retained for one in broker.messages if one.topic.endswith("/stable"))
 
 
 # --- settings and ends -----------------------------------------------------------------------
