@@ -13,7 +13,8 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning chaos chaos-updater dashboards fuzz idle liars scale stragglers lint format clean
+.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
+  dashboards fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -30,6 +31,11 @@ system: $(STAMP)
 bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)
 	$(if $(filter bench-pruning,$@),$(BIN)/pip install -q -c constraints.txt -e ".[bench]")
 	$(BIN)/python -m tests.benchmarks.$(@:bench-%=%)
+
+# Needs Debian's mosquitto: a thousand devices for MINUTES=10.
+bench-telemetry: $(STAMP)
+	@.ci/debian mosquitto
+	$(BIN)/python -m tests.benchmarks.telemetry
 
 # Benchmarks print a line per finished cell, go on where they stopped, and take MINUTES=N.
 chaos fuzz idle liars scale stragglers: $(STAMP)

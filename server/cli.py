@@ -232,12 +232,12 @@ def certify_broker(
     out: Annotated[Path | None, typer.Option(help="default: FOLDER/broker")] = None,
 ) -> None:
     """Write what an MQTT broker shows to devices, and what the server shows to the broker."""
-    from server.identity import Authority
+    from server.identity import BROKER, Authority
 
     name, identity = _settings(folder).server.name, folder / "identity"
     if not identity.exists():
         Authority.create(identity, name, [])
-    target = out or folder / "broker"
+    target = out or folder / BROKER
     Authority.open(identity).certify_broker(target, hosts)
     print(
         f"wrote {target}: give ca.crt, broker.crt and broker.key to the broker, and to {folder}/"

@@ -31,6 +31,8 @@ from server.issued import Issued, issued_in, record, seen_in
 
 CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
 RENEW_BEFORE = timedelta(days=30)
+BROKER = "broker"
+"""Folder, beside that of the authority, of what an MQTT broker is given."""
 EARLIER = timedelta(days=1)
 """Certificates begin so long before they are made: the clock of a Pi without power runs late."""
 
@@ -42,6 +44,8 @@ _TITLE = " certificate authority"
 _ANEW = "move the folder away and create a new authority: every farm then has to join again"
 _RESTORE = f"restore the folder from a backup, or {_ANEW}"
 _REMAKE = f"remove {_SERVER_KEY} and {_SERVER} and create again: both are made anew"
+
+_RECERTIFY = "make both anew with: fieldfed-server certify-broker"
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 # the last label has a letter: 10.0.0.300 is a mistyped address and no name
@@ -216,7 +220,7 @@ class Authority:
             certificate = certificates.issue(
                 subject, key.public_key(), issuer, validity, usage, reached
             )
-            # a certificate without its key is of no use, and a crash must not leave two at odds
+            # a crash must not leave two at odds
             (folder / f"{name}.crt").unlink(missing_ok=True)
             certificates.write_key(folder / f"{name}.key", key)
             write_atomically(folder / f"{name}.crt", certificates.pem(certificate))
@@ -266,10 +270,11 @@ class Authority:
 
 
 def expiries(folder: Path, now: datetime | None = None) -> dict[str, datetime]:
-    """When certificates end: the authority's, the server's and, of the farms', the next to.
+    """When certificates end, by whose they are: authority, server, broker, farms.
 
-    Of each farm its newest counts, and those that are over only where no other is left: farms
-    leave. No private key is read: who watches needs none.
+    The broker's, where there is one, is also the one that we show it, if that ends first. Of each
+    farm its newest counts, and of all farms the next to end; those that are over only where no
+    other is left: farms leave. No private key is read: who watches needs none.
 
     Raises:
         StateError: a certificate or the list of them is missing or damaged.
@@ -281,6 +286,10 @@ def expiries(folder: Path, now: datetime | None = None) -> dict[str, datetime]:
             ("server", _SERVER, _REMAKE),
         )
     }
+    broker = [folder.parent / BROKER / name for name in ("broker.crt", "server.crt")]
+    if any(path.exists() for path in broker):
+        read = [certificates.read_certificate(path, _RECERTIFY) for path in broker]
+        ends["broker"] = min(one.not_valid_after_utc for one in read)
     try:
         newest = {one.farm: one.expires for one in seen_in(folder / _ISSUED)}
     except OSError as error:

@@ -50,7 +50,7 @@ VALUES = {
     "outcome": {*get_args(Outcome), *get_args(Fate), "committed", "failed", "reopened"},
     "reason": {str(reason) for reason in RejectReason},
     "source": {*STORE, "registry", "telemetry", "certificates"},
-    "holder": {"authority", "server", "farms"},
+    "holder": {"authority", "server", "broker", "farms"},
     "part": {"decide", "test"},
 }
 MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')

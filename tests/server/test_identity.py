@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import tomllib
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from typer.testing import CliRunner
 
 from client.identity import ClientFiles, FarmIdentity
+from common.broker import Broker
 from common.errors import ConfigError, DiskError, ProtocolError, StateError
 from common.files import lock, write_atomically
+from server.cli import app
 from server.identity import Authority, ServerFiles, expiries
 
 grpc: Any = importlib.import_module("grpc")  # it has no types
@@ -650,6 +654,56 @@ def test_an_expired_certificate_of_the_server_says_what_to_do(
         "right, a new one is needed; renew it, or remove server.key and server.crt and create "
         "again: both are made anew"
     )
+
+
+# --- the broker ----------------------------------------------------------------------------
+
+
+def test_what_a_broker_is_given(authority: Authority, folder: Path, tmp_path: Path) -> None:
+    authority.certify_broker(tmp_path / "broker", ["mqtt.example.org", "10.0.0.7"], NOW)
+    assert (tmp_path / "broker" / "ca.crt").read_bytes() == (folder / "ca.crt").read_bytes()
+    for name, subject, usage in (
+        ("broker", "valley broker", ExtendedKeyUsageOID.SERVER_AUTH),
+        ("server", "server", ExtendedKeyUsageOID.CLIENT_AUTH),
+    ):
+        found, key = read(tmp_path / "broker" / f"{name}.crt"), tmp_path / "broker" / f"{name}.key"
+        private = load_pem_private_key(key.read_bytes(), None)
+        assert found.public_key() == private.public_key()
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        assert found.subject.rfc4514_string() == f"CN={subject}"
+        usages = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        assert list(usages) == [usage]
+        found.verify_directly_issued_by(read(folder / "ca.crt"))
+    names = read(tmp_path / "broker" / "broker.crt").extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    assert names.value.get_values_for_type(x509.DNSName) == ["localhost", "mqtt.example.org"]
+    assert expiries(folder, NOW)["broker"] == NOW + 731 * DAY
+    authority.certify_broker(tmp_path / "broker", ["mqtt.example.org"], NOW + 100 * DAY)
+    assert expiries(folder, NOW)["broker"] == NOW + 831 * DAY
+    (tmp_path / "broker" / "server.crt").unlink()
+    with pytest.raises(StateError, match="certify-broker"):
+        expiries(folder, NOW)
+
+
+def test_the_command_says_what_belongs_into_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text('[server]\nname = "valley"\n')
+    done = CliRunner().invoke(app, ["certify-broker", str(tmp_path), "mqtt.example.org"])
+    assert done.exit_code == 0, done.output
+    settings = tomllib.loads("[broker]" + done.output.partition("[broker]")[2])["broker"]
+    broker = Broker.model_validate(settings)
+    assert (broker.host, broker.port) == ("mqtt.example.org", 8883)
+    assert broker.tls() is not None
+
+
+@pytest.mark.parametrize("name", ["server", "models", "rounds"])
+def test_no_farm_is_called_as_the_server_is_at_the_broker(
+    authority: Authority, tmp_path: Path, name: str
+) -> None:
+    request = FarmIdentity.create(tmp_path / "farm", name).request()
+    with pytest.raises(ProtocolError, match="let it choose another name"):
+        authority.sign(request)
+    assert authority.issued() == ()
 
 
 # --- TLS -----------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def valley(tmp_path: Path) -> Iterator[Valley]:
     places = {"8883": str(free_port()), "8884": str(free_port())}
     for name in ("acl", "acl-home"):
         text = (SHIPPED / name).read_text()
-        (folder / name).write_text(text.replace("NETWORK", "valley"))
+        shut_out = "\nuser elm\ntopic deny fieldfed/#\n"  # as deploy/README.md says
+        (folder / name).write_text(text.replace("NETWORK", "valley") + shut_out)
     words = ["mosquitto_passwd", "-b", "-c", str(folder / "passwords"), "homeassistant", "secret"]
     subprocess.run(words, check=True, capture_output=True, timeout=20)
     text = (SHIPPED / "mosquitto.conf").read_text()
@@ -207,6 +208,11 @@ def test_a_device_speaks_for_itself_alone(valley: Valley, bridge: Bridge) -> Non
         with bridge.told() as told:
             assert [(one.device, one.words) for one in told.events()] == [("vine", "it began")]
         assert not vine.heard, "a device hears nothing of another"
+
+
+def test_a_device_that_is_shut_out_says_nothing(valley: Valley) -> None:
+    with speaking(valley.certificates, valley.context("elm")) as elm:
+        assert elm.say("fieldfed/valley/elm/state", STATE) == NOT_AUTHORISED
 
 
 def test_nobody_comes_in_without_a_certificate_or_a_password(valley: Valley) -> None:
