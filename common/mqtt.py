@@ -171,14 +171,11 @@ class Connection:
 
     def set_state(self, body: Mapping[str, JSON]) -> None:
         """Publish the state of the device, now and after each connect; raises ProtocolError."""
-        self.set_retained(f"{self._base}/state", body)
+        self.retain(f"{self._base}/state", text_of(body).encode())
 
-    def set_retained(self, topic: str, body: Mapping[str, JSON]) -> None:
-        """Publish this for whoever comes later, now and after each connect; raises ProtocolError.
-
-        It replaces what was said on the topic, and is published again where it says the same.
-        """
-        self._memory.retained[topic] = text_of(body).encode()
+    def retain(self, topic: str, payload: bytes) -> None:
+        """Publish this, for the broker to keep, now and after each connect."""
+        self._memory.retained[topic] = payload
         self._wake()
 
     def subscribe(self, topic_filter: str) -> None:

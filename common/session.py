@@ -61,7 +61,7 @@ class Memory:
     """What outlives a session."""
 
     retained: dict[str, bytes] = field(default_factory=dict)
-    """What is published, retained, after each connect, by topic; other bytes are published anew."""
+    """Payload by topic: what the broker is to keep."""
     filters: list[str] = field(default_factory=list)
     acknowledged: set[int] = field(default_factory=set)
     """What the broker has and the outbox, its disk being full, could not yet forget."""
@@ -126,11 +126,12 @@ class Session:
         try:
             self._open(connect)
             accepted()
-            self._publish("availability", ONLINE.encode())
+            self._publish(f"{self._base}/availability", ONLINE.encode())
             while not self._ended():
                 self._feed()
                 self._turn(self._patience())
                 self._settle()
+            self._keep_taken()
             self._leave()
         finally:
             # closed without a farewell, the line makes the broker publish the last will
@@ -156,8 +157,7 @@ class Session:
 
     def _leave(self) -> None:
         until = time.monotonic() + LEAVE_SECONDS
-        self._keep_taken()
-        told = self._publish("availability", OFFLINE.encode())
+        told = self._publish(f"{self._base}/availability", OFFLINE.encode())
         while not told.is_published() and (left := until - time.monotonic()) > 0:
             self._turn(left)
         self._client.disconnect()
@@ -191,15 +191,15 @@ class Session:
 
     # --- what is sent ------------------------------------------------------------------------
 
-    def _publish(self, name: str, payload: bytes) -> MQTTMessageInfo:
-        return self._client.publish(f"{self._base}/{name}", payload, qos=1, retain=True)
+    def _publish(self, topic: str, payload: bytes) -> MQTTMessageInfo:
+        return self._client.publish(topic, payload, qos=1, retain=True)
 
     def _feed(self) -> None:
-        """Send what is new: states, subscriptions, and messages as far as the window goes."""
+        """Send what is new: what is retained, subscriptions, messages as far as the window goes."""
         for topic, payload in list(self._memory.retained.items()):
-            if self._told.get(topic) is not payload:
+            if payload is not self._told.get(topic):
                 self._told[topic] = payload
-                self._client.publish(topic, payload, qos=1, retain=True)
+                self._publish(topic, payload)
         for one in self._memory.filters[self._subscribed :]:
             self._subscribed += 1
             self._client.subscribe(one, qos=1)

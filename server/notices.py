@@ -17,7 +17,7 @@ from common.config import RoundConfig
 from common.errors import FieldfedError
 from common.manifest import Manifest
 from common.mqtt import Connection
-from common.outbox import Outbox
+from common.outbox import Outbox, text_of
 from common.topics import ModelNotice, RoundNotice, models, rounds
 from server.database import Database
 from server.figures import reading
@@ -136,7 +136,8 @@ class Notices:
                     version=row.version,
                     accuracy=self._accuracy(versions, row.version),
                 )
-                self._connection.set_retained(models(self._network, row.name), notice.body())
+                payload = text_of(notice.body()).encode()
+                self._connection.retain(models(self._network, row.name), payload)
                 self._channels[row.name] = state
 
     def _accuracy(self, versions: Versions, version: int) -> float | None:

@@ -521,14 +521,15 @@ def test_what_was_taken_last_is_kept_before_the_farewell(
 def test_what_is_said_for_latecomers_is_said_with_each_connect_and_when_it_changes(
     broker: FakeBroker, outbox: Outbox
 ) -> None:
+    topic = "fieldfed/valley/models/stable"
     with device(broker, outbox) as oak:
-        oak.set_retained("fieldfed/valley/models/stable", {"version": 1})
+        oak.retain(topic, bytes(bytearray(b'{"version":1}')))
         wait_until(lambda: broker.said("models/stable") == [b'{"version":1}'], 10, "the first")
         broker.cut()
         wait_until(lambda: len(broker.said("models/stable")) == 2, 10, "the same again")
-        oak.set_retained("fieldfed/valley/models/stable", {"version": 1})
+        oak.retain(topic, bytes(bytearray(b'{"version":1}')))
         wait_until(lambda: len(broker.said("models/stable")) == 3, 10, "the same, said anew")
-        oak.set_retained("fieldfed/valley/models/stable", {"version": 2})
+        oak.retain(topic, b'{"version":2}')
         wait_until(lambda: broker.said("models/stable")[3:] == [b'{"version":2}'], 10, "the next")
     assert all(one.retained for one in broker.messages if one.topic.endswith("/stable"))
 

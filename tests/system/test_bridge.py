@@ -155,7 +155,8 @@ def valley(tmp_path: Path) -> Iterator[Valley]:
     for name in ("acl", "acl-home"):
         text = (SHIPPED / name).read_text()
         shut_out = "\nuser elm\ntopic deny fieldfed/#\n"  # as deploy/README.md says
-        (folder / name).write_text(text.replace("NETWORK", "valley") + shut_out)
+        text = text.replace("NETWORK", "valley").replace("LENGTH", str(len("valley")))
+        (folder / name).write_text(text + shut_out)
     words = ["mosquitto_passwd", "-b", "-c", str(folder / "passwords"), "homeassistant", "secret"]
     subprocess.run(words, check=True, capture_output=True, timeout=20)
     text = (SHIPPED / "mosquitto.conf").read_text()
@@ -199,9 +200,10 @@ def test_a_device_speaks_for_itself_alone(valley: Valley, bridge: Bridge) -> Non
             f"{base}/rounds",
             f"{base}/models/stable",
             "fieldfed/other/oak/event",
-            "homeassistant/device/vine/config",
+            "homeassistant/device/fieldfed_6_valley_vine/config",
         ):
             assert oak.say(topic, b"online") == NOT_AUTHORISED, topic
+        assert oak.say("homeassistant/device/fieldfed_6_valley_oak/config", b"{}") in (0, 0x10)
         assert oak.say(f"{base}/oak/state", STATE, retain=True) in (0, 0x10)
         assert vine.say(f"{base}/vine/event", event.encode()) in (0, 0x10)
         wait_until(lambda: bridge.names == {"oak", "vine"}, 30, "what both said")
