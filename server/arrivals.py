@@ -161,7 +161,12 @@ class _Writing:
     def write(self) -> None:
         for one in self._batch.news:
             number = self._number(one.device)
-            self.fates["crowded" if number is None else self._fate(number, one)] += 1
+            try:
+                fate: Fate = "crowded" if number is None else self._fate(number, one)
+            except (sqlite3.IntegrityError, OverflowError):
+                # what passed the border and fits no row: it would come again for ever
+                fate = "malformed"
+            self.fates[fate] += 1
         seen = [
             (at, number) for name, at in self._batch.seen.items() if (number := self._number(name))
         ]

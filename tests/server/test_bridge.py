@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_a_result_is_acknowledged_once_it_is_committed(broker: FakeBroker, tmp_p
             broker.push(f"{BASE}/result", RESULT % 7, 1)
             broker.push(f"{BASE}/result", b"none", 2)
             broker.push(f"{BASE}/result", RESULT % 7, 3)
+            time.sleep(0.5)  # word of them would have come by now
             assert broker.acknowledged == []
             other.execute("ROLLBACK")
         wait_until(lambda: broker.acknowledged == [1, 2, 3], 20, "word of them")

@@ -123,11 +123,20 @@ def test_a_message_is_kept_once_whatever_comes_again(
 
 
 def test_a_batch_is_kept_whole_or_not_at_all(store: Arrivals) -> None:
-    bad = Message("oak", "results", 2, NOW, ("not a time", "scab", 0.5, True, 1))
-    with pytest.raises(Exception, match="cannot store TEXT"):
-        keep(store, row("oak", 1, RESULT), bad)
+    store.limit(200_000)
+    with pytest.raises(DiskError):
+        keep(store, *(row("oak", number, RESULT) for number in range(10_000)))
     assert store.devices() == []
+    assert ids(store, "results") == []
     assert store.counts()["stored"] == 0
+
+
+def test_what_fits_no_row_does_not_stop_the_others(store: Arrivals) -> None:
+    bad = Message("oak", "results", 2, NOW, ("not a time", "scab", 0.5, True, 1))
+    large = Message("oak", "results", 3, NOW, (1.0, "scab", 0.5, True, 2**64))
+    fates = keep(store, row("oak", 1, RESULT), bad, large, row("oak", 4, RESULT))
+    assert fates == {"stored": 2, "malformed": 2}
+    assert ids(store, "results") == [1, 4]
 
 
 def test_as_many_devices_as_may_be(store: Arrivals, monkeypatch: pytest.MonkeyPatch) -> None:
