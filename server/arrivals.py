@@ -10,7 +10,7 @@ each batch would have the disk work for every measurement, and the store's commi
 
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,10 +20,20 @@ from server.telemetry import COLUMNS, HOUR, Fate, Table, TelemetryStore
 Value: TypeAlias = str | int | float | None
 
 MOST_DEVICES, MOST_OF_FARM = 10_000, 100
+MOST_ROWS: Mapping[Table, int] = {"telemetry": 100_000, "results": 600_000, "events": 50_000}
+"""Of each device, so that one that says too much does not take the place of the others: results of
+a photograph a minute for 400 days, and all that is kept of one that measures every ten seconds."""
+STEP_ROWS = 20_000
+"""Beyond that many, one call deletes so many, and says so."""
 _THIN = (
     "DELETE FROM telemetry WHERE device = :device AND received < :before AND id NOT IN (SELECT "
     "max(id) FROM telemetry WHERE device = :device AND received < :before "
     "GROUP BY CAST(time / :hour AS INTEGER))"
+)
+_BEYOND = (
+    "DELETE FROM {0} WHERE device = :device AND id IN (SELECT id FROM {0} WHERE device = :device "
+    "AND id <= (SELECT id FROM {0} WHERE device = :device ORDER BY id DESC LIMIT 1 OFFSET :most) "
+    "ORDER BY id LIMIT :step)"
 )
 
 
@@ -123,9 +133,10 @@ class Arrivals(TelemetryStore):
         return [row["number"] for row in self._select("SELECT number FROM devices")]
 
     def thin(self, number: int, ages: Ages, now: float) -> int:
-        """Delete what a device told too long ago; returns how many rows went.
+        """Delete what a device told too long ago, and what is too much; returns how many rows went.
 
-        Ages count from when a message came: a device's clock may say anything.
+        When these are ``STEP_ROWS`` or more there may be more to delete. Ages count from when a
+        message came: a device's clock may say anything.
         """
         before = {name: now - age for name, age in vars(ages).items()}
         with self._writing(durable=False) as db:
@@ -137,6 +148,13 @@ class Arrivals(TelemetryStore):
                         (number, before[table]),
                     )
                     for table in COLUMNS
+                ),
+                *(
+                    db.execute(
+                        _BEYOND.format(table),
+                        {"device": number, "most": most, "step": STEP_ROWS},
+                    )
+                    for table, most in MOST_ROWS.items()
                 ),
             ]
         return sum(one.rowcount for one in done)

@@ -4,16 +4,16 @@
     results     400 days, so that a season can be compared with the one before
     events      400 days
 
-When the file is fuller than it may be, ages of telemetry are halved with every pass over the
-devices until it fits, and after some passes those of results and events as well. They grow again
-when it is half empty.
+Of a device no more than ``MOST_ROWS`` stay. When the file is fuller than it may be, ages of
+telemetry are halved with every pass over the devices until it fits, and after some passes those of
+results and events as well. They grow again when it is half empty.
 """
 
 import logging
 import time
 from collections import deque
 
-from server.arrivals import Ages, Arrivals
+from server.arrivals import STEP_ROWS, Ages, Arrivals
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,10 @@ class Retention:
         until = time.monotonic() + STEP_SECONDS
         ages = shortened(AGES, self._halved)
         while self._left and time.monotonic() < until:
-            self._gone += self._store.thin(self._left[0], ages, now)
-            self._left.popleft()
+            gone = self._store.thin(self._left[0], ages, now)
+            self._gone += gone
+            if gone < STEP_ROWS:
+                self._left.popleft()
         if not self._left:
             self._store.forget(now - AGES.results)
             log.debug("%d rows are gone, %d bytes left", self._gone, self._store.used_bytes)

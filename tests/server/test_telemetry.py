@@ -206,6 +206,18 @@ def test_a_full_file_lets_go_of_telemetry_first(store: Arrivals) -> None:
     assert len(ids(store, "results")) == 40
 
 
+def test_a_device_that_says_too_much_takes_no_others_place(
+    store: Arrivals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrivals, "MOST_ROWS", dict.fromkeys(COLUMNS, 100))
+    for module in (arrivals, retention):
+        monkeypatch.setattr(module, "STEP_ROWS", 30)
+    keep(store, *(row("loud", number, RESULT) for number in range(1000)))
+    keep(store, *(row("quiet", 5000 + number, RESULT) for number in range(100)))
+    Retention(store).step(NOW)
+    assert ids(store, "results") == [*range(900, 1000), *range(5000, 5100)]
+
+
 def test_ages_are_halved_and_grow_again() -> None:
     assert shortened(AGES, 0) == AGES
     assert shortened(AGES, 2) == Ages(AGES.raw / 4, AGES.telemetry / 4, AGES.results, AGES.events)
