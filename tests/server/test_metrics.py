@@ -39,7 +39,7 @@ from common.messages import AlignReply, EvaluateReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
 from common.settings import load_settings
 from common.topics import DeviceState, Result, Telemetry
-from server import families, figures, launch, metrics, rollout, telemetry
+from server import families, figures, launch, rollout, telemetry
 from server.arrivals import Arrivals, Batch, Message, Said, There, values_of
 from server.figures import MOST_FARMS, Figures, reading
 from server.identity import Authority
