@@ -109,6 +109,7 @@ def waiting() -> stat.Panel:
         "Messages on the device's disk that the broker had not taken when it last told.",
         units.Short,
         steps=((100, "orange"), (5000, "red")),
+        alerts=["FieldfedOutboxGrows"],
     )
     return number(words, Query(of(Server.DEVICE_OUTBOX, device="$device")), size=Size(6, 8))
 
@@ -120,6 +121,7 @@ def outbox() -> timeseries.Panel:
         "Grows while the broker cannot be reached, and empties in order once it can. The oldest "
         "messages go when it is full.",
         units.Short,
+        alerts=["FieldfedOutboxGrows"],
     )
     return lines(words, Query(of(Server.DEVICE_OUTBOX, device="$device"), "messages"))
 

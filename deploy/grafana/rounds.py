@@ -51,7 +51,7 @@ def run() -> stat.Panel:
         "Its number, and the state that it is in.",
         units.Short,
         low="text",
-        alerts=["FieldfedRunFailed"],
+        alerts=["FieldfedRunStopped"],
     )
     state = f"{of(Server.RUN)} * on (instance) group_left (state) ({of(Server.RUN_STATE)} == 1)"
     return number(words, Query(state, "{{state}}"))
@@ -90,7 +90,7 @@ def remaining() -> stat.Panel:
         units.DurationSeconds,
         low="red",
         steps=((-HOUR, "orange"), (0, "green")),
-        alerts=["FieldfedRoundStandsStill"],
+        alerts=["FieldfedRunStopped"],
     )
     wait = f"({left(of(Server.ROUND_DEADLINE))}) * {of(Server.ROUND_OPEN)}"
     return number(words, Query(wait))
@@ -103,7 +103,7 @@ def committed() -> stat.Panel:
         "How long ago a round was last committed, in any run.",
         units.DurationSeconds,
         low="text",
-        alerts=["FieldfedRoundStandsStill"],
+        alerts=["FieldfedRunStopped"],
     )
     return number(words, Query(age(of(Server.COMMITTED))))
 
@@ -143,7 +143,7 @@ def outcomes() -> timeseries.Panel:
         "Rounds in an hour, by outcome",
         "Committed; open when their run failed; begun again after a crash.",
         units.Short,
-        alerts=["FieldfedRunFailed"],
+        alerts=["FieldfedRunStopped"],
     )
     counts = f"sum by (outcome) ({increase(of(Server.ROUNDS), '1h')})"
     return lines(words, Query(counts, "{{outcome}}"), stacked=True)
@@ -197,7 +197,7 @@ def runs() -> bargauge.Panel:
         "Over the life of the store.",
         units.Short,
         low="text",
-        alerts=["FieldfedRunFailed"],
+        alerts=["FieldfedRunStopped"],
     )
     return bars(words, Query(of(Server.RUNS), "{{state}}"), size=Size(12, 8))
 

@@ -18,11 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from client.identity import FarmIdentity
 from deploy.grafana import dashboards, names, runbooks
 from server import rollout
-from server.identity import Authority
+from server.identity import BROKER, Authority
 from server.metrics import StateCollector
 from server.registry import STABLE
 from server.rollout import RolloutPlan
 from tests.lab.boards import GRAFANA, Asked, asked, boards, chosen_from, panels
+from tests.lab.devices import tell
 from tests.lab.network import Lab
 from tests.lab.promql import Selector, selectors
 from tests.lab.versions import NETWORK, two_versions
@@ -40,21 +41,6 @@ OF_TARGETS = {"job", "instance"}
 """Labels that Prometheus adds."""
 OF_NETWORKS = {"farm", "device", "channel", "block", "head", "version", "python"}
 """Labels whose values differ from network to network."""
-AWAITED: Known = {
-    "fieldfed_farms": {"state": {"active", "paused"}},
-    "fieldfed_rounds_total": {"outcome": {"committed", "failed", "reopened"}},
-    "fieldfed_devices": {"state": {"online", "offline"}},
-    "fieldfed_device_last_seen_timestamp_seconds": {"device": set()},
-    "fieldfed_device_outbox_messages": {"device": set()},
-    "fieldfed_telemetry_messages_total": {"outcome": set()},
-}
-"""Series, with their labels, that the server does not show yet."""
-LEAVING = {
-    "fieldfed_rounds_failed_total",
-    "fieldfed_rounds_reopened_total",
-    "fieldfed_farms_paused",
-}
-"""Series that are shown still, and that those awaited replace."""
 ELSEWHERE: Known = {
     "up": {"device": set()},
     "ALERTS": {
@@ -186,6 +172,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Known:
         rollout.start(registry, RolloutPlan(channel=STABLE, version=2, stages=(0.1, 1.0)))
     authority = Authority.create(lab.server_dir / "identity", NETWORK, [])
     authority.sign(FarmIdentity.create(lab.root / "identity", "farm0").request(), 30)
+    broker = lab.server_dir / BROKER
+    broker.mkdir()
+    authority.certify_broker(broker, ["127.0.0.1"])
+    tell(lab.server_dir)
     return known_of(lab.server_dir)
 
 
@@ -207,7 +197,7 @@ def everything(shown: Known) -> Known:
         name: {label: set() for label in [*name.split(":")[0].split("_"), "part"]}
         for name in RECORDED
     }
-    return {**shown, **ELSEWHERE, **recorded, **AWAITED}
+    return {**shown, **ELSEWHERE, **recorded}
 
 
 def check(selector: Selector, known: Known) -> None:
@@ -247,13 +237,8 @@ def test_the_table_names_what_is_asked_and_nothing_else(shown: Known) -> None:
         for name in kind
     }
     assert {one.name for query in ASKED for one in selectors(query.expression)} == table
-    assert set(map(str, names.Server)) <= {*shown, *AWAITED}
+    assert set(map(str, names.Server)) <= set(shown)
     assert set(map(str, names.Recorded)) <= RECORDED
-
-
-def test_what_is_awaited_is_not_there_yet(shown: Known) -> None:
-    come = [name for name, labels in AWAITED.items() if labels.keys() <= shown.get(name, {}).keys()]
-    assert not come, "the server shows these now: take them out of AWAITED"
 
 
 def test_a_name_or_a_label_that_is_not_there_is_told(shown: Known) -> None:
@@ -271,8 +256,8 @@ def test_a_name_or_a_label_that_is_not_there_is_told(shown: Known) -> None:
 def test_the_clean_day_has_every_series(shown: Known) -> None:
     day = yaml.safe_load((PROMETHEUS / "tests" / "clean_day.yml").read_text())["tests"][0]
     there = [selectors(one["series"])[0] for one in day["input_series"]]
-    assert {one.name for one in there} == {"up", *shown, *AWAITED} - LEAVING
-    known = {**shown, "up": {}, **AWAITED}
+    assert {one.name for one in there} == {"up", *shown}
+    known = {**shown, "up": {}}
     for series in there:
         assert {one.label for one in series.matchers} - OF_TARGETS == known[series.name].keys()
         check(series, everything(shown))

@@ -39,6 +39,7 @@ ENDINGS = {
     "info": ("_info",),
     "gauge": ("",),
 }
+CUTS = ("accepted", "undone")
 VALUES = {
     "state": {
         *get_args(RunState),
@@ -47,7 +48,7 @@ VALUES = {
         "active",
         "paused",
     },
-    "outcome": {*get_args(Outcome), *get_args(Fate), "committed", "failed", "reopened"},
+    "outcome": {*get_args(Outcome), *get_args(Fate), "committed", "failed", "reopened", *CUTS},
     "reason": {str(reason) for reason in RejectReason},
     "source": {*STORE, "registry", "telemetry", "certificates"},
     "holder": {"authority", "server", "broker", "farms"},

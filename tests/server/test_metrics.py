@@ -38,9 +38,7 @@ from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
 from common.settings import load_settings
-from common.topics import DeviceState, Result, Telemetry
 from server import families, figures, launch, rollout, telemetry
-from server.arrivals import Arrivals, Batch, Message, Said, There, values_of
 from server.figures import MOST_FARMS, Figures, reading
 from server.identity import Authority
 from server.metrics import MetricsServer, StateCollector
@@ -51,6 +49,7 @@ from server.status import snapshot
 from server.store import CandidateRow, Store
 from server.telemetry import Fate
 from server.versions import InstallRow, Versions
+from tests.lab.devices import tell
 from tests.lab.network import Lab
 from tests.lab.replies import DIGEST, align_reply
 from tests.lab.versions import NETWORK, two_versions
@@ -105,34 +104,6 @@ def fill(registry: Registry) -> None:
     for farm, outcome in (("farm0", "committed"), ("farm1", "committed"), ("farm2", "refused")):
         row = InstallRow(farm, "pi", 2, outcome, "a text", None, None, time.time())
         registry.rows.record_install(row)
-
-
-def tell(folder: Path) -> None:
-    """Two devices, one of which is called like its farm; some of their messages were bad."""
-    state = DeviceState(farm="farm0", release="1.0", species="class0")
-    measured = Telemetry(
-        uptime_seconds=5,
-        cpu_ratio=0.5,
-        memory_used_bytes=1,
-        memory_bytes=2,
-        disk_free_bytes=3,
-        outbox_messages=7,
-    )
-    result = Result(taken=1.0, label="class0", share=0.5, sure=True, version=1)
-    batch = Batch(
-        news=[
-            There("farm0", True),
-            There("gate", False),
-            Said("farm0", state),
-            Message("farm0", "telemetry", 1, 1.0, values_of("telemetry", measured)),
-            Message("farm0", "results", 2, 1.0, values_of("results", result)),
-            Message("farm0", "results", 2, 1.0, values_of("results", result)),
-        ],
-        seen={"farm0": 1_700_000_000.0},
-    )
-    batch.fates["malformed"] += 3
-    with Arrivals.open(folder / telemetry.NAME) as arrivals:
-        arrivals.keep(batch, 1_700_000_000.0)
 
 
 @pytest.fixture

@@ -53,9 +53,6 @@ NEEDS_DEVICES = {
     "fieldfed_telemetry_messages_total",
 }
 """Names of what a broker brings, and of a device's own endpoint: neither is in this network."""
-NEEDS_STATES = {"fieldfed_farms": "state", "fieldfed_rounds_total": "outcome"}
-"""Labels that the server does not give these names yet."""
-
 ASKED = [*asked(), *chosen_from()]
 
 
@@ -197,9 +194,6 @@ def lacking(query: Asked) -> str:
         matched = {matcher.label: matcher.value for matcher in one.matchers}
         if one.name in NEEDS_DEVICES or matched.get("job") == names.DEVICE_JOB:
             return "there is no device on a broker, and none that is scraped"
-        label = NEEDS_STATES.get(one.name)
-        if label and (label in matched or label in query.shown):
-            return f"the server gives {one.name} no {label} yet"
     return ""
 
 
