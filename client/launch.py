@@ -15,6 +15,7 @@ from pathlib import Path
 import client.messenger
 from client.relay import Relay
 from client.shifts import Signs, keep_shifts
+from common import notify
 from common.config import FarmConfig
 from common.errors import ConfigError
 from common.files import write_atomically
@@ -68,6 +69,7 @@ def run_supernode(
     link = Relay(config.farm.superlink, state_dir, config.farm.seconds_between_polls)
     try:
         with terminate_like_interrupt(), link, Supervisor() as supervisor:
+            notify.ready(f"farm {config.farm.name}")
             worker = executor(state_dir, env)
             node = supernode(config_path, state_dir, link.address, env)
             supervisor.start(worker)

@@ -25,6 +25,7 @@ from typing import Self
 
 import psutil
 
+from common import notify
 from common.errors import ConfigError, LaunchError
 
 log = logging.getLogger(__name__)
@@ -144,11 +145,9 @@ class Child:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        self.name = name
-        self.log_file = log_file
-        self._command = command
+        self.name, self.log_file = name, log_file
+        self._command, self._cwd = command, cwd
         self._env = dict(os.environ if env is None else env)
-        self._cwd = cwd
         self._process: subprocess.Popen[bytes] | None = None
         self._seen: set[psutil.Process] = set()
 
@@ -313,7 +312,7 @@ class Supervisor:
     """Keeps children running while its context is open, and stops them all when it closes.
 
     A child that ends is started again after a delay with full jitter that doubles from 1 s to
-    60 s, and starts from 1 s again once the child has lived for a minute.
+    60 s, and is 1 s again once the child has lived for a minute. A service manager hears of it.
     """
 
     def __init__(
@@ -334,6 +333,7 @@ class Supervisor:
 
     def __exit__(self, *_error: object) -> None:
         """Stop watching, then stop every child with all that it started."""
+        notify.stopping()
         with _undisturbed():
             self._ended.set()
             self._thread.join()
@@ -363,6 +363,7 @@ class Supervisor:
                 for watch in self._watched:
                     watch.child.observe()
                     self._care_for(watch)
+            notify.alive()
 
     def _care_for(self, watch: "_Watch") -> None:
         now = time.monotonic()
@@ -392,7 +393,6 @@ class _Watch:
     """A watched child and its history."""
 
     def __init__(self, child: Child) -> None:
-        self.child = child
-        self.failures = 0
+        self.child, self.failures = child, 0
         self.since = time.monotonic()
         self.due: float | None = None

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import notify
 from common.config import HubConfig, MetricsConfig, ServerConfig
 from common.errors import LaunchError
 from common.files import write_atomically
@@ -143,6 +144,7 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
             if child is not None:
                 supervisor.start(child)
         log.info("farms reach this server at %s", network.address)
+        notify.ready(f"network {config.server.name} on {network.address}")
         yield network
 
 
