@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDIT := build/audit
 
 # make demo DATA=DIR WEIGHTS=FILE [COMPARE=1] [PER_CLASS=40] [ROUNDS=6] \
 #   [PRUNE_HEADS=0.4 | PRUNE_MACS=0.5] [SEED=0] [OUT=demo-output]
@@ -13,8 +14,8 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test system bench-bytes bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
-  dashboards fuzz idle liars scale stragglers lint format clean
+.PHONY: demo test system audit bench-bytes bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
+  dashboards sbom fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -25,7 +26,7 @@ test: $(STAMP) lint
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
 # photographs, 4 GB of replies, a broker, alerts.
 system: $(STAMP)
-	@.ci/debian mosquitto prometheus
+	@.ci/debian mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)
@@ -48,6 +49,23 @@ chaos-updater: $(STAMP)
 dashboards: $(STAMP)
 	$(BIN)/python -m deploy.grafana.dashboards
 
+# What is installed, as a CycloneDX bill of materials. The tool that writes it has an environment of
+# its own, so that it does not list itself.
+sbom: $(STAMP) $(AUDIT)/.installed
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.json $(BIN)/python
+	@echo "wrote build/sbom.json"
+
+$(AUDIT)/.installed: constraints.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt cyclonedx-bom
+	@touch $@
+
+# No key, token, machine path or registry in what git tracks; nothing installed contradicts another.
+audit: $(STAMP)
+	$(BIN)/pip check
+	$(BIN)/python -P -m pytest tests/deploy/test_tracked.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +86,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-output bench-work
+	rm -rf $(VENV) build demo-output bench-work

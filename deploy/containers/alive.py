@@ -29,7 +29,7 @@ def answers(url: str) -> bool:
 
 
 def runs(word: str) -> bool:
-    """Whether a process other than this one has the word in its command line, and is not stopped."""
+    """Whether a process other than this one has the word in its command line, and goes on."""
     gone = {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED}
     return any(
         word in " ".join(process.info["cmdline"] or []) and process.info["status"] not in gone

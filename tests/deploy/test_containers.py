@@ -36,7 +36,7 @@ def last_stage(name: str) -> list[tuple[str, str]]:
 
 
 def ignored(path: str) -> bool:
-    """Whether .containerignore keeps a path out of the build; the last line that matches decides."""
+    """Whether .containerignore keeps a path out; the last line that matches decides."""
     out = False
     for line in (ROOT / ".containerignore").read_text().splitlines():
         if line and not line.startswith("#"):

@@ -124,9 +124,7 @@ class Front:
             context.load_cert_chain(self.folder / "farm.crt", self.folder / "farm" / "key.pem")
         return context
 
-    def ask(
-        self, method: str, path: str, body: bytes | None = b"", *, member: bool = True
-    ) -> int:
+    def ask(self, method: str, path: str, body: bytes | None = b"", *, member: bool = True) -> int:
         """The status that a request gets."""
         line = http.client.HTTPSConnection(
             LOCAL, self.port, timeout=30, context=self.context(member)

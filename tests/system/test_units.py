@@ -57,9 +57,7 @@ def test_systemd_takes_it(tmp_path: Path, name: str, instance: str) -> None:
 
 
 @each
-def test_a_key_that_systemd_does_not_know_is_told(
-    tmp_path: Path, name: str, instance: str
-) -> None:
+def test_a_key_that_systemd_does_not_know_is_told(tmp_path: Path, name: str, instance: str) -> None:
     text = (UNITS / name).read_text().replace("PrivateTmp=", "PrivateTemp=")
     assert "PrivateTemp" in str(complaints(installed(tmp_path, name, instance, text)))
 
