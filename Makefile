@@ -26,7 +26,7 @@ test: $(STAMP) lint
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
 # photographs, 4 GB of replies, a broker, alerts.
 system: $(STAMP)
-	@.ci/debian mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah
+	@.ci/debian mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)

@@ -161,6 +161,7 @@ def test_it_classifies_without_torch_and_without_rights(
     given.mkdir()
     write_portable(serving, given / "farm.bundle")
     photographs_in(given / "camera")
+    os.chown(given / "farm.bundle", 10001, 10001)  # bundles are their owner's alone
     container = store("from", edge).strip()
     root = Path(store("mount", container).strip())
     assert not (root / "wheels").exists() or not list((root / "wheels").iterdir())

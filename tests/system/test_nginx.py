@@ -6,6 +6,7 @@ The routes are SuperLink's own list, so a Flower that has new ones is asked abou
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -30,7 +31,9 @@ from tests.waiting import wait_until
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nginx" / "fieldfed.conf"
-LOCAL = "127.0.0.1"
+GUIDE = CONFIGURATION.parents[1] / "guides" / "cloud-vm.md"
+STUNNEL = shutil.which("stunnel")
+LOCAL, NAME = "127.0.0.1", "farms.example.org"
 FLEET = "/v1/fleet/pull-messages"
 
 pytestmark = [
@@ -121,7 +124,8 @@ class Front:
     def context(self, member: bool = True) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self.folder / "identity" / "ca.crt")
         if member:
-            context.load_cert_chain(self.folder / "farm.crt", self.folder / "farm" / "key.pem")
+            farm = self.folder / "farm"
+            context.load_cert_chain(farm / "certificate.pem", farm / "key.pem")
         return context
 
     def ask(self, method: str, path: str, body: bytes | None = b"", *, member: bool = True) -> int:
@@ -142,10 +146,9 @@ class Front:
 @contextmanager
 def front(folder: Path, superlink: int, join: int, *, open_to_all: bool = False) -> Iterator[Front]:
     """The configuration as it is, but for ports, files and, where wanted, who is a stranger."""
-    authority = Authority.create(folder / "identity", "valley", [LOCAL])
-    (folder / "farm.crt").write_bytes(
-        authority.sign(FarmIdentity.create(folder / "farm", "apple").request())
-    )
+    authority = Authority.create(folder / "identity", "valley", [LOCAL, NAME])
+    farm = FarmIdentity.create(folder / "farm", "apple")
+    farm.accept(authority.sign(farm.request()), (folder / "identity" / "ca.crt").read_bytes())
     port, text = free_port(), CONFIGURATION.read_text()
     changes = {
         "listen 443 ssl;": f"listen {LOCAL}:{port} ssl;",
@@ -325,29 +328,65 @@ def test_old_tls_is_refused(place: Place) -> None:
         context.wrap_socket(line, server_hostname=LOCAL)
 
 
-def test_a_real_supernode_works_through_it(tmp_path: Path) -> None:
+@contextmanager
+def tunnel(folder: Path, port: int) -> Iterator[str]:
+    """The farm's end, as the guide has it; yields the address that the farm is told."""
+    found = re.search(r"```ini\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert found is not None
+    text, local = found[1], free_port()
+    for before, after in {
+        "accept = 127.0.0.1:8000": f"accept = {LOCAL}:{local}",
+        f"connect = {NAME}:443": f"connect = {LOCAL}:{port}",
+        "/var/lib/fieldfed/farms/apple/state/identity": str(folder / "farm"),
+    }.items():
+        assert before in text, before
+        text = text.replace(before, after)
+    (folder / "stunnel.conf").write_text(f"foreground = yes\npid =\n{text}")
+    command = [str(STUNNEL), str(folder / "stunnel.conf")]
+    child = Child("stunnel", lambda: command, folder / "stunnel.log")
+    try:
+        child.start()
+        wait_for_port(LOCAL, local, 30, child)
+        yield f"{LOCAL}:{local}"
+    finally:
+        stop_all([child])
+
+
+def works(folder: Path, *options: str) -> None:
+    """Have a SuperNode ask for work twice."""
+    command = ["flower-supernode", *options, "--host", LOCAL, "--port", str(free_port())]
+    env = flower_environment(folder / "farm-state")
+    node, log = Child("supernode", lambda: command, folder / "node.log", env), folder / "access.log"
+    try:
+        node.start()
+        wait_until(
+            lambda: log.read_text().count("POST /v1/fleet/pull-messages 200") > 1,
+            90,
+            f"{node.last_words(20)} {log.read_text()}: two polls",
+        )
+        assert "POST /v1/fleet/register-node 200" in log.read_text()
+    finally:
+        stop_all([node])
+
+
+def test_a_supernode_works_through_it_where_superlink_asks_for_keys(tmp_path: Path) -> None:
     port = free_port()
     config = ServerConfig.model_validate({"server": {"port": port}})
     with (
         serve(config, tmp_path / "server"),
         front(tmp_path, port, free_port(), open_to_all=True) as door,
     ):
-        command = [
-            "flower-supernode",
-            *("--superlink", f"{LOCAL}:{door.port}"),
-            *("--root-certificates", str(tmp_path / "identity" / "ca.crt")),
-            *("--host", LOCAL, "--port", str(free_port())),
-        ]
-        env = flower_environment(tmp_path / "farm-state")
-        node = Child("supernode", lambda: command, tmp_path / "supernode.log", env)
-        try:
-            node.start()
-            log = tmp_path / "access.log"
-            wait_until(
-                lambda: log.read_text().count("POST /v1/fleet/pull-messages 200") > 1,
-                90,
-                f"two polls; {node.last_words(20)}; {log.read_text()}",
-            )
-            assert "POST /v1/fleet/register-node 200" in log.read_text()
-        finally:
-            stop_all([node])
+        authority = ["--root-certificates", str(tmp_path / "identity" / "ca.crt")]
+        works(tmp_path, "--superlink", f"{LOCAL}:{door.port}", *authority)
+
+
+@pytest.mark.skipif(STUNNEL is None, reason="'stunnel' is not installed (stunnel4)")
+def test_a_supernode_works_through_the_tunnel_of_the_guide(tmp_path: Path) -> None:
+    port = free_port()
+    config = ServerConfig.model_validate({"server": {"port": port}})
+    with (
+        serve(config, tmp_path / "server"),
+        front(tmp_path, port, free_port()) as door,
+        tunnel(tmp_path, door.port) as address,
+    ):
+        works(tmp_path, "--superlink", address, "--insecure")
