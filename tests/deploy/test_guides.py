@@ -15,7 +15,7 @@ from server.cli import app as server_app
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "deploy" / "guides"
-PAGES = sorted(path.name for path in GUIDES.glob("*.md"))
+PAGES = ["../README.md", *sorted(path.name for path in GUIDES.glob("*.md"))]
 OURS: dict[str, click.Command] = {
     "fieldfed-server": get_command(server_app),
     "fieldfed-client": get_command(client_app),
@@ -101,7 +101,7 @@ def test_every_file_of_ours_that_is_named_is_there(name: str) -> None:
 def test_every_link_leads_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", (GUIDES / name).read_text()):
         page, _, heading = target.partition("#")
-        found = (GUIDES / page).resolve() if page else GUIDES / name
+        found = ((GUIDES / name).parent / page).resolve() if page else GUIDES / name
         assert found.is_file(), target
         headings = re.findall(r"(?m)^#+ (.+)$", found.read_text())
         assert not heading or heading in {one.lower().replace(" ", "-") for one in headings}
