@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from common.errors import QualityError
 from common.images import SUFFIXES
-from common.pixels import load_image, normalise
+from common.pixels import Floats, load_image, normalise
 from common.portable import PortableBundle
 from common.runtime import Runtime
 
 SHOWN = 3
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,18 @@ class Classifier:
         """
         begin = time.perf_counter()
         pixels = normalise(load_image(image, self.about.image_size)[None], self.about)
-        features = self._runtime.features(pixels)[0]
-        logits = (self._bundle.weight @ features + self._bundle.bias) / self.about.temperature
-        best, sure = ranked(logits, self.about.classes, self.about.threshold)
+        best, sure = ranked(self.logits(pixels)[0], self.about.classes, self.about.threshold)
         return Guess(image, best, sure, time.perf_counter() - begin)
+
+    def logits(self, images: Floats) -> Floats:
+        """Images (N,3,S,S), normalised -> logits (N,K), divided by the temperature.
+
+        Raises:
+            ModelError: the bundle cannot be run.
+        """
+        features_NC = self._runtime.features(images)
+        logits_NK: Floats = features_NC @ self._bundle.weight.T + self._bundle.bias
+        return logits_NK / np.float32(self.about.temperature)
 
 
 def images_in(path: Path) -> list[Path]:

@@ -9,17 +9,17 @@ from torch import nn
 
 from client.infer import Classifier
 from client.serving import About, Bundle, Serving
-from common.errors import QualityError
+from common.errors import DataError, QualityError
 from common.export import graph_of, require_parity, whole
-from common.images import FarmFolder
+from common.images import FarmFolder, Part
 from common.int8 import quantised
-from common.pixels import load_image, normalise
 from common.portable import PortableAbout, PortableBundle
 from common.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
+BATCH = 32
 MAX_DROP = 0.02
 """Of accuracy on the decide part that 8 bits may cost: on few images one of them is more."""
 
@@ -75,13 +75,12 @@ def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:
 
     Raises:
         QualityError: it is right about fewer images than is worth it.
-        DataError: no image can be read.
+        DataError: no image to calibrate on, or to judge by, can be read.
     """
     about = bundle.about
-    chosen = np.random.default_rng(0).permutation(len(folder.fit))[:CALIBRATION_IMAGES]
-    images = (
-        normalise(load_image(folder.fit.paths[n], about.image_size)[None], about) for n in chosen
-    )
+    images = [image.numpy() for image, _ in _some(folder.fit).batches(about, 1)]
+    if not images:
+        raise DataError(f"not one of the {len(folder.fit)} images to calibrate on can be read")
     small = PortableBundle(
         about.model_copy(update={"precision": "int8"}),
         quantised(bundle.graph, images),
@@ -99,10 +98,26 @@ def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:
 
 
 def right(classifier: Classifier, folder: FarmFolder) -> float:
-    """Share of the decide part that a classifier is right about."""
-    pairs = zip(folder.decide.paths, folder.decide.labels, strict=True)
-    answers = [classifier.classify(path).label == folder.classes[label] for path, label in pairs]
-    return float(np.mean(answers))
+    """Share of the readable images of the decide part that a classifier is right about.
+
+    Raises:
+        DataError: not one of them can be read.
+        ModelError: the bundle cannot be run.
+    """
+    known, right_ones, seen = np.array(classifier.about.classes), 0, 0
+    for images, labels in folder.decide.batches(classifier.about, BATCH):
+        said = known[classifier.logits(images.numpy()).argmax(1)]
+        right_ones += int((said == np.array(folder.classes)[labels.numpy()]).sum())
+        seen += len(labels)
+    if not seen:
+        raise DataError(f"not one of the {len(folder.decide)} images to judge by can be read")
+    return right_ones / seen
+
+
+def _some(part: Part) -> Part:
+    """A few images of a part, the same ones each time."""
+    chosen = np.random.default_rng(0).permutation(len(part))[:CALIBRATION_IMAGES]
+    return Part(tuple(part.paths[index] for index in chosen), part.labels[chosen])
 
 
 def write_portable(

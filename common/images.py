@@ -26,8 +26,16 @@ import numpy.typing as npt
 
 from common.duplicates import UNREADABLE, Hashes, Shot, has_near, survey
 from common.errors import DataError
-from common.pixels import Floats, Pixels, draw_jitter, jitter, load_augmented, load_image, normalise
-from common.spec import ModelSpec
+from common.pixels import (
+    Floats,
+    Input,
+    Pixels,
+    draw_jitter,
+    jitter,
+    load_augmented,
+    load_image,
+    normalise,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +76,7 @@ class Part:
 
     def batches(
         self,
-        spec: ModelSpec,
+        spec: Input,
         batch_size: int,
         *,
         train: bool = False,

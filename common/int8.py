@@ -11,14 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from common.pixels import Floats
 from common.runtime import INPUT
-
-Floats = npt.NDArray[np.float32]
 
 PRODUCTS = ("MatMul", "Gemm")
 

@@ -44,6 +44,13 @@ class Colours(Protocol):
     def std(self) -> Triple: ...  # noqa: D102
 
 
+class Input(Colours, Protocol):
+    """What a network takes: square images of a side, in such colours."""
+
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+
+
 def normalise(pixels: Pixels | Floats, spec: Colours) -> Floats:
     """Pixels 0..255 (...,S,S,3) to what the backbone expects, (...,3,S,S) float32."""
     mean = np.array(spec.mean, dtype=np.float32) * 255

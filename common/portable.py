@@ -23,11 +23,10 @@ from common.errors import ModelError
 from common.files import write_atomically
 from common.manifest import Counter53
 from common.messages import Ratio
+from common.pixels import Floats
 from common.signing import Document
 from common.spec import Triple
 from common.tensors import header_of
-
-Floats = npt.NDArray[np.float32]
 
 
 class PortableAbout(Document):

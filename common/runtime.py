@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
 from common.errors import ModelError
+from common.pixels import Floats
 
 INPUT, OUTPUT = "image", "features"
-
-Floats = npt.NDArray[np.float32]
 
 
 class Runtime:

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.infer import Classifier, Guess
-from client.portable import right, write_portable
+from client.portable import in_8_bits, right, write_portable
 from client.review import guess
 from client.serving import Serving
 from client.watch import Watcher, mark
-from common.errors import ModelError, QualityError, StateError
+from common.errors import DataError, ModelError, QualityError, StateError
 from common.images import open_folder
 from common.portable import PortableBundle
 from server.registry import Registry
@@ -246,6 +246,25 @@ def test_8_bits_are_smaller_and_agree(farm: Path, tmp_path: Path) -> None:
         shares = [dict(one.classify(image).ranked) for one in pair]
         apart.append(max(abs(shares[0][name] - shares[1][name]) for name in CLASSES))
     assert 0 < max(apart) < 0.1
+
+
+def test_images_that_cannot_be_read_are_left_out_of_8_bits(farm: Path, bundle: Path) -> None:
+    folder, plain = open_folder(farm.parent / "photos"), PortableBundle.read(bundle)
+    rest = folder.decide.paths[1:]
+    pairs = zip(rest, folder.decide.labels[1:], strict=True)
+    said = [Classifier(plain).classify(path).label == CLASSES[label] for path, label in pairs]
+    for part in (folder.fit, folder.decide):
+        part.paths[0].write_bytes(b"no image")
+    assert in_8_bits(plain, folder).about.precision == "int8"
+    assert right(Classifier(plain), folder) == pytest.approx(np.mean(said))
+    for path in rest:
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="images to judge by can be read"):
+        in_8_bits(plain, folder)
+    for path in folder.fit.paths:
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="images to calibrate on can be read"):
+        in_8_bits(plain, folder)
 
 
 def test_8_bits_that_are_worse_are_not_written(
