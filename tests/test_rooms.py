@@ -59,6 +59,7 @@ def test_what_an_inference_device_and_status_need_imports_without_torch() -> Non
         "import common.errors, common.settings, common.spec, common.files, common.messages, "
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, client.infer, "
         "client.watch, client.health, client.discovery, client.ledger, client.figures, "
-        "common.portable, server.status, server.hub, server.metrics, server.bridge"
+        "common.portable, server.status, server.hub, server.metrics, server.bridge, "
+        "client.bench, client.footprint"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
