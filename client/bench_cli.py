@@ -50,7 +50,8 @@ def bench(
     if picture is not None and images is None:
         raise ConfigError("--picture shows accuracy; give --images FOLDER with a folder per class")
     found = [] if images is None else labelled(images)
-    subjects = [opened(path, side) for path in models for side in image_size or [None]]
+    sides: Sequence[int | None] = image_size or [None]
+    subjects = [opened(path, side) for path in models for side in sides]
     rows = measured(subjects, found, seconds)
     Console().print(_table(rows))
     if json_file is not None:
@@ -102,3 +103,25 @@ def _draw(path: Path, rows: Sequence["Row"]) -> None:
     if not points:
         raise ConfigError("no model here knows classes, so there is no accuracy to draw")
     draw(path, f"Accuracy on {rows[0].images} images against latency at one thread", points)
+
+
+@bench_app.command(epilog="Example: fieldfed-client explain farms/apple leaf.jpg --out why.png")
+def explain(
+    folder: Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")],
+    image: Annotated[Path, typer.Argument(help="a photograph")],
+    out: Annotated[Path, typer.Option(help="PNG to write")],
+    against: Annotated[
+        str | None, typer.Option(help="'previous', another farm's folder, or a backbone's file")
+    ] = None,
+) -> None:
+    """Show which parts of a leaf decide what the version in use says of it."""
+    from client.device import Device
+    from client.explain import Looker, draw, look, other
+
+    device = Device.of(folder)
+    lookers = [Looker.of(device.serving.in_use())]
+    lookers += [] if against is None else [other(against, device)]
+    views = [look(one, image) for one in lookers]
+    draw(out, image, views)
+    for view in views:
+        print(view.words().replace("\n", ": "))

@@ -31,9 +31,10 @@ from tests.lab.versions import two_versions
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A farm's folder that serves with a version, its images beside it."""
     root = tmp_path_factory.mktemp("bench")
-    data = draw_folder(root / "photos", len(CLASSES), 6, 1)
+    data = draw_folder(root / "photos", len(CLASSES), 10, 1)
     for number, name in enumerate(CLASSES):
-        (data / "test" / f"class{number}").rename(data / "test" / name)
+        for part in ("train", "test"):
+            (data / part / f"class{number}").rename(data / part / name)
     (root / "apple").mkdir()
     (root / "apple" / "farm.toml").write_text(
         f'[farm]\nname = "apple"\ndata = "{data}"\nsuperlink = "127.0.0.1:1"\n'
