@@ -14,7 +14,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: demo test system audit bench-bytes bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
+.PHONY: demo test system audit bench-bytes bench-edge bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
   dashboards sbom fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
@@ -29,7 +29,7 @@ system: $(STAMP)
 	@.ci/debian mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4
 	$(BIN)/python -P -m pytest -m system
 
-bench-bytes bench-hub bench-newcomer bench-pruning: $(STAMP)
+bench-bytes bench-edge bench-hub bench-newcomer bench-pruning: $(STAMP)
 	$(if $(filter bench-pruning,$@),$(BIN)/pip install -q -c constraints.txt -e ".[bench]")
 	$(BIN)/python -m tests.benchmarks.$(@:bench-%=%)
 

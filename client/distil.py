@@ -135,6 +135,7 @@ def teach(
             best.look((step.number + 1) // steps, step.loss)
 
     teacher.model.eval()
+    alone = config.alpha == config.beta == 0  # of labels alone: nobody is asked
     with distil.attention_map(teacher.model, spec) as maps:
         fit.train_epochs(
             student,
@@ -150,7 +151,7 @@ def teach(
             trainable=[name for name, _ in student.named_parameters()],
             seed=config.seed,
             autocast=autocast,
-            penalty=_Lesson(config, teacher, maps, student, classifier),
+            penalty=None if alone else _Lesson(config, teacher, maps, student, classifier),
             epochs=config.epochs,
             on_step=look,
         )

@@ -77,16 +77,7 @@ def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:
         QualityError: it is right about fewer images than is worth it.
         DataError: no image to calibrate on, or to judge by, can be read.
     """
-    about = bundle.about
-    images = [image.numpy() for image, _ in _some(folder.fit).batches(about, 1)]
-    if not images:
-        raise DataError(f"not one of the {len(folder.fit)} images to calibrate on can be read")
-    small = PortableBundle(
-        about.model_copy(update={"precision": "int8"}),
-        quantised(bundle.graph, images),
-        bundle.weight,
-        bundle.bias,
-    )
+    small = calibrated(bundle, folder.fit)
     before, after = (right(Classifier(one), folder) for one in (bundle, small))
     log.info("right about %.3f of the decide part in 8 bits, %.3f in fp32", after, before)
     if after < before - MAX_DROP:
@@ -95,6 +86,24 @@ def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:
             f"{before:.3f}; write it without --int8"
         )
     return small
+
+
+def calibrated(bundle: PortableBundle, part: Part) -> PortableBundle:
+    """The same in 8 bits, calibrated on some images of a part, and not judged.
+
+    Raises:
+        DataError: not one of them can be read.
+    """
+    about = bundle.about
+    images = [image.numpy() for image, _ in _some(part).batches(about, 1)]
+    if not images:
+        raise DataError(f"not one of the {len(part)} images to calibrate on can be read")
+    return PortableBundle(
+        about.model_copy(update={"precision": "int8"}),
+        quantised(bundle.graph, images),
+        bundle.weight,
+        bundle.bias,
+    )
 
 
 def right(classifier: Classifier, folder: FarmFolder) -> float:

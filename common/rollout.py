@@ -33,6 +33,8 @@ from common.efficient import EfficientAttention, sampled
 from common.heads import evaluation_mode
 from common.spec import ModelSpec
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 @torch.no_grad()
 def patch_shares(model: VisionTransformer, spec: ModelSpec, images: Tensor) -> Tensor:
@@ -62,7 +64,8 @@ def patch_shares(model: VisionTransformer, spec: ModelSpec, images: Tensor) -> T
     rows_BN = flow.shares[:, 0] if model.global_pool == "token" else flow.shares[:, prefix:].mean(1)
     patches_BM = rows_BN[:, prefix:]
     grid = tuple(model.patch_embed.grid_size)
-    return (patches_BM / patches_BM.sum(1, keepdim=True)).unflatten(1, grid)
+    shares: Tensor = patches_BM / patches_BM.sum(1, keepdim=True)
+    return shares.reshape(-1, *grid)
 
 
 class _Seen:
@@ -92,24 +95,27 @@ class _Seen:
         size_BHN = torch.einsum("bhnd,chd->bhnc", v_BHNd, weight_CHd).norm(dim=-1)
         size_BHN = size_BHN * self._gates(attention_BHNN @ v_BHNd)[:, :, None]
         taken_BNN = (attention_BHNN * size_BHN[:, :, None]).sum(1)
-        return taken_BNN / taken_BNN.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        shares: Tensor = taken_BNN / taken_BNN.sum(2, keepdim=True).clamp_min(TINY)
+        return shares
 
     def _gates(self, plain: Tensor) -> Tensor:
         """What was left of the heads behind gates, (B,H), by what they say without, (B,H,N,d)."""
         heads = plain.shape[1]
-        said_BNHd = self._heads_BNA.unflatten(2, (heads, -1))
+        said_BNHd = self._heads_BNA.reshape(*self._heads_BNA.shape[:2], heads, -1)
         plain_BH = torch.linalg.vector_norm(plain, dim=(2, 3))
-        tiny = torch.finfo(torch.float32).tiny
-        return torch.linalg.vector_norm(said_BNHd, dim=(1, 3)) / plain_BH.clamp_min(tiny)
+        gates: Tensor = torch.linalg.vector_norm(said_BNHd, dim=(1, 3)) / plain_BH.clamp_min(TINY)
+        return gates
 
 
 def _softmax(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    weight_BHNN: Tensor = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return weight_BHNN
 
 
 def _linear(q: Tensor, k: Tensor) -> Tensor:
     weight_BHNN = (functional.elu(q) + 1) @ (functional.elu(k) + 1).transpose(-2, -1)
-    return weight_BHNN / weight_BHNN.sum(-1, keepdim=True)
+    shares: Tensor = weight_BHNN / weight_BHNN.sum(-1, keepdim=True)
+    return shares
 
 
 class _Flow:

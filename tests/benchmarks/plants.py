@@ -69,13 +69,18 @@ def source() -> Path:
 
 
 def settings_of(
-    seed: int, plan: PlanConfig, train: TrainConfig, farms: int, weights: Path = WEIGHTS
+    seed: int,
+    plan: PlanConfig,
+    train: TrainConfig,
+    farms: int,
+    weights: Path = WEIGHTS,
+    side: int = SIDE,
 ) -> ServerConfig:
     """A server for these farms, which waits for all of them in every round."""
     return ServerConfig(
         seed=seed,
         backbone=BackboneConfig(
-            name=NAME, image_size=SIDE, weights=str(weights.resolve()), source=source()
+            name=NAME, image_size=side, weights=str(weights.resolve()), source=source()
         ),
         plan=plan,
         rounds=RoundConfig(deadline_seconds=36_000, grace_seconds=0, min_farms=farms, attempts=1),
@@ -145,16 +150,17 @@ def play(
     weights: Path | None = None,
     base: Path | None = None,
     keep: Path | None = None,
+    side: int = SIDE,
 ) -> Judged:
     """One run to its end; reports "model" and, where asked for, "probe" and "local".
 
     ``weights`` are those to begin with, by default the shared ones; ``base`` is a backbone, pruned
     perhaps, that farms begin with instead, its anchors beside it; ``keep`` is a folder for the last
-    backbone (model.safetensors) and its mask's anchors.
+    backbone (model.safetensors) and its mask's anchors. ``side`` is that of images, in pixels.
     """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
-    config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS)
+    config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS, side)
     with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)
         if base is None:

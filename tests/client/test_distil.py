@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from client.cli import app
 from client.distil import Student, portable_student, teach
 from client.infer import Classifier
+from client.portable import calibrated
 from client.serving import Bundle, Serving
 from common import fit
 from common.config import DistilConfig
@@ -97,6 +99,25 @@ def test_soft_answers_change_what_is_learnt(
         teach(teacher, folder, config(epochs=1, alpha=alpha)).classifier.weight for alpha in (0, 1)
     ]
     assert not torch.equal(*learnt)
+
+
+def test_labels_alone_need_no_teacher(farm: Path, registry: Registry, folder: FarmFolder) -> None:
+    teacher = put_in_use(farm, registry, folder)
+    asked: list[int] = []
+    teacher.model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
+    teach(teacher, folder, config(epochs=2, alpha=0, beta=0))
+    assert sum(asked) == len(folder.decide), "it is judged once, for comparison"
+
+
+def test_convolutions_become_8_bits(farm: Path, registry: Registry, folder: FarmFolder) -> None:
+    teacher = put_in_use(farm, registry, folder)
+    plain = portable_student(teach(teacher, folder, config(epochs=1)), teacher)
+    small = calibrated(plain, folder.fit)
+    assert len(small.graph) < 0.4 * len(plain.graph)
+    assert small.about.precision == "int8"
+    images = next(iter(folder.decide.batches(plain.about, 8)))[0].numpy()
+    said = [Classifier(one).logits(images) for one in (plain, small)]
+    assert 0 < np.abs(said[0] - said[1]).max() < 0.5 * np.abs(said[0]).max()
 
 
 def test_maps_teach_the_network_where_to_look() -> None:

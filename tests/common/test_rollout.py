@@ -43,9 +43,9 @@ def test_the_order_of_heads_does_not_matter(order: list[int], block: int) -> Non
     attn = block_layers(model)[block].attn
     heads, width = attn.num_heads, attn.head_dim
     with torch.no_grad():
-        rows = attn.qkv.weight.unflatten(0, (3, heads, width))[:, order].flatten(0, 2)
-        bias = attn.qkv.bias.unflatten(0, (3, heads, width))[:, order].flatten()
-        columns = attn.proj.weight.unflatten(1, (heads, width))[:, order].flatten(1)
+        rows = attn.qkv.weight.reshape(3, heads, width, -1)[:, order].flatten(0, 2)
+        bias = attn.qkv.bias.reshape(3, heads, width)[:, order].flatten()
+        columns = attn.proj.weight.reshape(-1, heads, width)[:, order].flatten(1)
         attn.qkv.weight.copy_(rows)
         attn.qkv.bias.copy_(bias)
         attn.proj.weight.copy_(columns)
@@ -87,7 +87,7 @@ def test_it_is_its_formula() -> None:
             taken /= taken.sum(1, keepdim=True)
             rolled = (taken + torch.eye(17)) / 2 @ rolled
             x = block(x)
-    expected = (rolled[0, 1:] / rolled[0, 1:].sum()).unflatten(0, (4, 4))
+    expected = (rolled[0, 1:] / rolled[0, 1:].sum()).reshape(4, 4)
     torch.testing.assert_close(patch_shares(model, spec, image)[0], expected, atol=1e-6, rtol=1e-4)
 
 

@@ -1,0 +1,166 @@
+"""The table of bench-edge, and what it says of the targets; from cells alone."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from server.compare import Interval, paired_bootstrap, verdict
+from tests.benchmarks import plants
+from tests.benchmarks.cells import Cell
+from tests.benchmarks.edge_runs import BOTH, LONGER, PRUNED, SIDE, SMALLEST, VARIANTS, named
+from tests.benchmarks.edge_speed import FP32, INT8, TORCH
+from tests.benchmarks.plants import Flags
+
+MODEL, PROBE = "model", "probe"
+TOKENS = "tokens 0.65"
+
+Correct = dict[int, dict[str, Flags]]
+"""By seed and farm."""
+
+
+def correct(cells: Sequence[Cell], label: str = MODEL, *, int8: bool = False) -> Correct:
+    """Which test images were right."""
+    return {
+        int(cell["seed"]): plants.unpacked((cell["int8"] if int8 else cell)["correct"][label])
+        for cell in sorted(cells, key=lambda one: int(one["seed"]))
+        if not int8 or "int8" in cell
+    }
+
+
+def compared(found: Correct, against: Correct) -> tuple[Interval, str]:
+    """The paired difference on the seeds that both have; "at most a point and a half below"."""
+    seeds = sorted(set(found) & set(against))
+    sides = [
+        {farm: [one[seed][farm] for seed in seeds] for farm in one[seeds[0]]}
+        for one in (found, against)
+    ]
+    interval = paired_bootstrap(*sides)
+    return interval, verdict(interval)
+
+
+def accuracy(found: Correct) -> float:
+    """Mean over farms and seeds."""
+    return fmean(float(flags.mean()) for farms in found.values() for flags in farms.values())
+
+
+def row(
+    model: str, found: Correct, against: Correct, about: Mapping[str, Any], speed: Cell | None
+) -> Cell:
+    """One line of the table; latency is None where it was not measured."""
+    interval, words = compared(found, against)
+    measured = speed or {}
+    return {
+        "model": model,
+        "image_size": SIDE,
+        "macs": about["macs"],
+        "params": about["parameters"],
+        "file_bytes": measured.get("file_bytes", about.get("file_bytes")),
+        "latency_ms_1thread_p50": measured.get("latency_ms_1thread_p50"),
+        "latency_ms_1thread_p95": measured.get("latency_ms_1thread_p95"),
+        "latency_ratio_to_dense_torch": measured.get("latency_ratio_1thread"),
+        "peak_memory_bytes": measured.get("peak_memory_bytes"),
+        "accuracy": accuracy(found),
+        "against_dense": {**interval._asdict(), "verdict": words},
+        "seeds": sorted(found),
+    }
+
+
+def speeds(cell: Cell) -> dict[str, Cell]:
+    """Rows of latency by model and precision."""
+    return {str(one["model"]): one for one in cell["rows"]}
+
+
+def table(cells: Sequence[Cell], speed: Cell) -> list[Cell]:
+    """Backbones in torch, ONNX Runtime and 8 bits, before and after training, then students."""
+    fast = speeds(speed)
+    by_model: dict[tuple[str, str, bool | None, float | None], list[Cell]] = {}
+    for cell in cells:
+        key = (cell["kind"], cell["model"], cell.get("taught"), cell.get("lr"))
+        by_model.setdefault(key, []).append(cell)
+    backbones = {key[1]: same for key, same in by_model.items() if key[0] == "backbone"}
+    dense, found = correct(backbones["dense"]), []
+    first = row("dense torch", dense, dense, backbones["dense"][0], fast[f"dense {TORCH}"])
+    found.append(first)
+    for variant in VARIANTS:
+        same = backbones[variant.name]
+        against, size = correct(backbones[variant.against]), fast.get(f"{variant.name} {FP32}")
+        found.append(row(f"{variant.name} {FP32}", correct(same), against, same[0], size))
+        if variant.parent is None:
+            shelf, plain = (correct(one, PROBE) for one in (same, backbones["dense"]))
+            found.append(row(f"{variant.name} untrained", shelf, plain, same[0], size))
+        if variant.int8:
+            small, size = correct(same, int8=True), fast.get(f"{variant.name} {INT8}")
+            found.append(row(f"{variant.name} {INT8}", small, against, same[0], size))
+    for (kind, name, taught, lr), same in by_model.items():
+        if kind == "student":
+            words = f"{name} {'taught' if taught else 'alone'} lr {lr:g}"
+            for precision in (FP32, INT8):
+                right, size = correct(same, int8=precision == INT8), fast.get(f"{name} {precision}")
+                found.append(row(f"{words} {precision}", right, dense, same[0], size))
+    return found
+
+
+def students(cells: Sequence[Cell]) -> list[Cell]:
+    """What a teacher gives a student: each at its best rate, paired on the same images."""
+    found = []
+    for name in sorted({str(cell["model"]) for cell in cells if cell["kind"] == "student"}):
+        sides = []
+        for taught in (True, False):
+            mine = [c for c in cells if c["model"] == name and c.get("taught") == taught]
+            first = min(int(cell["seed"]) for cell in mine)
+            best = max((c for c in mine if c["seed"] == first), key=lambda c: float(c["decide"]))
+            sides.append([cell for cell in mine if cell["lr"] == best["lr"]])
+        interval, words = compared(correct(sides[0]), correct(sides[1]))
+        rates = {"lr_taught": sides[0][0]["lr"], "lr_alone": sides[1][0]["lr"]}
+        found.append({"student": name, **rates, **interval._asdict(), "verdict": words})
+    return found
+
+
+def targets(rows: Sequence[Cell], saved: Sequence[Cell]) -> list[Cell]:
+    """Each target with what was found; points are of accuracy, below dense."""
+    by_name = {str(one["model"]): one for one in rows}
+    large = {(one["model"], one["image_size"]): one for one in saved}
+
+    def below(name: str) -> float:
+        return -100 * float(by_name[name]["against_dense"]["point"])
+
+    torch_row, dense = by_name["dense torch"], by_name[f"dense {FP32}"]
+    pruned, smallest = by_name[f"{PRUNED} {FP32}"], by_name[f"{SMALLEST} {INT8}"]
+    time = 1 - _ratio(pruned, "latency_ratio_to_dense_torch", dense)
+    faster = 1 / float(smallest["latency_ratio_to_dense_torch"])
+    both = large[BOTH, 336]
+    return [
+        _target("tokens: MACs saved at 140 px", large[TOKENS, SIDE]["saved"], 0.35),
+        _target("tokens: points below dense", below(f"{TOKENS} {FP32}"), 0.5, most=True),
+        _target("both: MACs saved at 336 px", both["saved"], 0.40),
+        _target("both: MACs of attention saved at 336 px", both["attention_saved"], 0.60),
+        _target("both: points below dense", below(f"{BOTH} {FP32}"), 1.5, most=True),
+        _target("pruned: saving that is time", time / (1 - _ratio(pruned, "macs", dense)), 0.80),
+        _target("smallest: times as fast as dense torch", faster, 4.0),
+        _target("smallest: points below dense", below(f"{SMALLEST} {INT8}"), 1.5, most=True),
+        {"target": "reference of the last and of pruned", "found": LONGER},
+        {"target": "dense torch, ms", "found": torch_row["latency_ms_1thread_p50"]},
+    ]
+
+
+def _ratio(one: Cell, key: str, other: Cell) -> float:
+    return float(one[key]) / float(other[key])
+
+
+def _target(name: str, found: float, bound: float, *, most: bool = False) -> Cell:
+    met = found <= bound if most else found >= bound
+    return {"target": name, "found": found, "bound": bound, "met": bool(met)}
+
+
+def parities(cells: Sequence[Cell]) -> list[Cell]:
+    """The largest difference of logits by backbone."""
+    return [
+        {"model": cell["model"], "seed": cell["seed"], **cell["parity"]}
+        for cell in cells
+        if "parity" in cell
+    ]
+
+
+def by_variant(name: str) -> bool:
+    """Whether latency of a backbone is measured: those that the targets speak of."""
+    return not named(name).once and name != LONGER
