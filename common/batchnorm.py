@@ -10,6 +10,10 @@ which is the mean and variance of the union, exactly, where v_f divides by the n
 not by one less (what torch keeps does the latter: :func:`statistics` measures anew). It is computed
 in float64 around the mean, v = sum_f n_f (v_f + (m_f - m)^2) / n, where nothing cancels.
 
+What reaches a layer depends on what the layers before it normalise by. All farms have to measure
+the same network, and a network that adopts what they found has other values deeper down: measured
+and adopted again, statistics settle.
+
 Shapes: C channels of a layer.
 """
 

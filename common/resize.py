@@ -17,8 +17,8 @@ def at_size(
     """
     if side == spec.image_size:
         return model, spec
-    resized = spec_at(spec, side)
     try:
+        resized = spec_at(spec, side)
         made = build(resized)
         made.load_state_dict(checkpoint_filter_fn(model.state_dict(), made))
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -27,7 +27,7 @@ def at_size(
 
 
 def spec_at(spec: ModelSpec, side: int) -> ModelSpec:
-    """The spec alone; raises ModelError as :func:`at_size` does."""
+    """The spec alone; raises ``pydantic.ValidationError`` for a side that no spec has."""
     plain = spec.model_copy(update={"image_size": side, "kept_tokens": ()})
     share = patches(plain) / patches(spec)
     kept = tuple(max(int(count * share), 1) for count in spec.kept_tokens)

@@ -5,6 +5,7 @@ scale, from the shared weights or from what another run left. A run keeps its la
 bench-work; a run whose parent is not there makes the parent again.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,7 @@ class Scale:
     epochs: int = 30
     rates: tuple[float, ...] = (5e-4, 2e-3)
     seconds: float = 10.0
+    anchor_images: int = BackboneConfig().anchor_images
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def run(scale: Scale, name: str, seed: int) -> Cell:
     if variant.prune is not None:
         changes = {"prune_macs": variant.prune, "prune_events": 1, "rounds": scale.rounds + 1}
         plan = PlanConfig.model_validate(plan.model_dump() | changes)
+    shutil.rmtree(folder, ignore_errors=True)  # of a cell that was killed
     judged = plants.play(
         TrainConfig(),
         scale.rounds + (variant.prune is not None),
@@ -166,10 +169,10 @@ def begin(scale: Scale, variant: Variant, seed: int) -> Path:
     spec = variant.spec(like)
     changed = backbone.build(spec)
     changed.load_state_dict(model.state_dict())
-    path = folder_of(scale, variant.name, seed) / "begin" / "base.safetensors"
+    path = scale.root / f"seed{seed}" / "begin" / "base.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     backbone.save_backbone(path, changed, spec)
-    images = source_batches(plants.source(), spec, BackboneConfig().anchor_images, seed)
+    images = source_batches(plants.source(), spec, scale.anchor_images, seed)
     anchors = compute_anchors(changed, images, seed)
     path.with_name(ANCHORS_FILE).write_bytes(anchors.to_bytes())
     return path
