@@ -102,7 +102,8 @@ def _draw(path: Path, rows: Sequence["Row"]) -> None:
     ]
     if not points:
         raise ConfigError("no model here knows classes, so there is no accuracy to draw")
-    draw(path, f"Accuracy on {rows[0].images} images against latency at one thread", points)
+    images = max(row.images for row in rows)
+    draw(path, f"Accuracy on {images} images against latency at one thread", points)
 
 
 @bench_app.command(epilog="Example: fieldfed-client explain farms/apple leaf.jpg --out why.png")
