@@ -1,5 +1,7 @@
 """Statistics put together are those of all images in one place."""
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def test_pooled_is_the_statistics_of_the_union(counts: list[int], far: float, se
 @given(COUNTS, st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
 def test_the_order_and_the_grouping_of_farms_do_not_matter(
-    counts: list[int], random: st.DataObject
+    counts: list[int], random: Random
 ) -> None:
     farms: list[Statistics] = [
         {"norm": moments(drawn(n, count, 2) + n)} for n, count in enumerate(counts)
