@@ -139,7 +139,7 @@ def run(scale: Scale, name: str, seed: int) -> Cell:
         seed,
         farms=scale.farms,
         per_class=scale.per_class,
-        probe=True,
+        probe=variant.parent is None,
         plan=plan,
         base=begin(scale, variant, seed),
         keep=folder,
