@@ -24,9 +24,9 @@ test: $(STAMP) lint
 	$(BIN)/python -P -m pytest -m "not system" -n 2 --dist loadgroup
 
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
-# photographs, 4 GB of replies, a broker, alerts.
+# photographs, 4 GB of replies, a broker, alerts, a browser.
 system: $(STAMP)
-	@.ci/debian mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4
+	@.ci/debian chromium mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-edge bench-hub bench-newcomer bench-pruning: $(STAMP)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from common.efficient import install
 from common.errors import ModelError
 from common.files import write_atomically
-from common.spec import ModelSpec
+from common.spec import ModelSpec, saved_spec
 from common.tensors import header_of
 
 log = logging.getLogger(__name__)
@@ -286,12 +286,8 @@ def load_backbone(path: Path) -> tuple[VisionTransformer, ModelSpec]:
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """Only the spec of a saved backbone, without its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return ModelSpec.from_json((file.metadata() or {})["spec"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"'{path}' carries no backbone spec: {str(error)[:200]}") from error
+    """Only the spec of a saved backbone, without its tensors; raises ModelError."""
+    return saved_spec(path)
 
 
 def digest(model: VisionTransformer, spec: ModelSpec) -> str:

@@ -4,9 +4,13 @@ A spec is frozen, hashable and JSON; it never carries code. Units are counted bl
 ``heads[l]`` attention heads of ``head_width`` channels, ``neurons[l]`` MLP neurons.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError, safe_open
+
+from common.errors import ModelError
 
 Triple = tuple[float, float, float]
 _ADDED = ("kept_tokens", "fuse_tokens", "linear_blocks")
@@ -73,3 +77,16 @@ class ModelSpec(BaseModel):
     def from_json(cls, text: str | bytes) -> "ModelSpec":
         """Parse and validate; raises ``pydantic.ValidationError``."""
         return cls.model_validate_json(text)
+
+
+def saved_spec(path: Path) -> ModelSpec:
+    """Only the spec of a saved backbone, without its tensors.
+
+    Raises:
+        ModelError: the file cannot be read or carries none; names it.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return ModelSpec.from_json((file.metadata() or {})["spec"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ModelError(f"'{path}' carries no backbone spec: {str(error)[:200]}") from error

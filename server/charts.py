@@ -98,10 +98,10 @@ def _axes(rounds: Sequence[RoundPoint], low: float, high: float) -> Axes:
     return Axes(rounds[0].round, rounds[-1].round, low, high)
 
 
-def accuracy_range(story: Story) -> tuple[float, float, float]:
+def accuracy_range(rounds: Sequence[RoundPoint]) -> tuple[float, float, float]:
     """Lowest and highest rule of the accuracy charts, and the step between rules."""
-    values = [value for point in story.rounds for value in point.accuracy.values()]
-    values += [p.mean_accuracy for p in story.rounds if p.mean_accuracy is not None]
+    values = [value for point in rounds for value in point.accuracy.values()]
+    values += [p.mean_accuracy for p in rounds if p.mean_accuracy is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     step = 0.05 if high - low <= 0.25 else 0.1 if high - low <= 0.5 else 0.2
     bottom, top = floor(low / step + 1e-9) * step, ceil(high / step - 1e-9) * step
@@ -142,58 +142,60 @@ def _rules(low: float, high: float, step: float) -> list[float]:
 # --- charts ------------------------------------------------------------------------------------
 
 
-def accuracy_chart(story: Story) -> Element:
-    """Mean accuracy per round, over the farms' own lines."""
-    low, high, step = accuracy_range(story)
-    axes, rules = _axes(story.rounds, low, high), _rules(low, high, step)
-    mean = _of_mean(story.rounds)
-    marks = axes.grid(rules, [percent(value, 0) for value in rules]) + axes.events(story.rounds)
-    for line in story.farms:
-        track = _track(axes, _of_farm(story.rounds, line.farm), "farm-line")
-        track.append(node("title", line.farm))
+def accuracy_chart(
+    rounds: Sequence[RoundPoint], farms: Sequence[str], whose: str = "Mean over farms"
+) -> Element:
+    """Mean accuracy per round, over the farms' own lines; ``whose`` names what is the mean."""
+    low, high, step = accuracy_range(rounds)
+    axes, rules = _axes(rounds, low, high), _rules(low, high, step)
+    mean = _of_mean(rounds)
+    marks = axes.grid(rules, [percent(value, 0) for value in rules]) + axes.events(rounds)
+    for farm in farms:
+        track = _track(axes, _of_farm(rounds, farm), "farm-line")
+        track.append(node("title", farm))
         marks.append(track)
-    marks += [_track(axes, mean, "mean-line"), *_dots(axes, mean, "Mean", "mean-dot")]
+    marks += [_track(axes, mean, "mean-line"), *_dots(axes, mean, whose, "mean-dot")]
     if mean:
         at, value = next(reversed(mean.items()))
         marks.append(label(axes.x(at), axes.y(value) - 12, percent(value), "value", "end"))
     told = ", ".join(f"round {at} {percent(value)}" for at, value in mean.items())
-    return picture(262, "Accuracy per round", f"Mean over farms: {told or 'not measured'}", marks)
+    return picture(262, "Accuracy per round", f"{whose}: {told or 'not measured'}", marks)
 
 
-def farm_chart(story: Story, line: FarmLine) -> Element:
+def farm_chart(rounds: Sequence[RoundPoint], farm: str) -> Element:
     """One farm's accuracy per round, with the mean behind it."""
-    low, high, _ = accuracy_range(story)
-    axes = _axes(story.rounds, low, high)._replace(top=24, bottom=206, left=84, right=464)
-    values = _of_farm(story.rounds, line.farm)
+    low, high, _ = accuracy_range(rounds)
+    axes = _axes(rounds, low, high)._replace(top=24, bottom=206, left=84, right=464)
+    values = _of_farm(rounds, farm)
     marks = [rule(axes.left, axes.y(v), axes.right, axes.y(v), "rule") for v in (low, high)]
     marks += [
         label(axes.left - 12, axes.y(value) + 9, percent(value, 0), "big-tick", "end")
         for value in (low, high)
     ]
-    marks += axes.events(story.rounds)
-    marks += [_track(axes, _of_mean(story.rounds), "mean-behind")]
-    marks += [_track(axes, values, "mean-line"), *_dots(axes, values, line.farm, "mean-dot")]
+    marks += axes.events(rounds)
+    marks += [_track(axes, _of_mean(rounds), "mean-behind")]
+    marks += [_track(axes, values, "mean-line"), *_dots(axes, values, farm, "mean-dot")]
     told = ", ".join(f"round {at} {percent(value)}" for at, value in values.items())
-    return picture(222, f"Accuracy of {line.farm}", told or "not measured", marks)
+    return picture(222, f"Accuracy of {farm}", told or "not measured", marks)
 
 
-def macs_chart(story: Story) -> Element:
+def macs_chart(rounds: Sequence[RoundPoint]) -> Element:
     """Compute per image after every round, as steps."""
-    axes = _axes(story.rounds, 0.0, 1.0)
+    axes = _axes(rounds, 0.0, 1.0)
     rules = [0.0, 0.25, 0.5, 0.75, 1.0]
-    marks = axes.grid(rules, [percent(value, 0) for value in rules]) + axes.events(story.rounds)
-    places = [(axes.x(p.round), axes.y(p.macs_ratio)) for p in story.rounds]
+    marks = axes.grid(rules, [percent(value, 0) for value in rules]) + axes.events(rounds)
+    places = [(axes.x(p.round), axes.y(p.macs_ratio)) for p in rounds]
     path = f"M{places[0][0]:.1f} {places[0][1]:.1f}"
     path += "".join(f"H{x:.1f}V{y:.1f}" for x, y in places[1:])
     area = f"{path}V{axes.bottom:g}H{places[0][0]:.1f}Z"
     marks += [node("path", d=area, class_="area"), node("path", d=path, class_="step")]
-    for point, (x, y) in zip(story.rounds, places, strict=True):
+    for point, (x, y) in zip(rounds, places, strict=True):
         words = f"Round {point.round}: {percent(point.macs_ratio)} of the dense MACs"
         marks.append(node("circle", node("title", words), cx=x, cy=y, r=3.5, class_="step-dot"))
     x, y = places[-1]
-    ending = f"{percent(story.rounds[-1].macs_ratio, 0)}"
+    ending = f"{percent(rounds[-1].macs_ratio, 0)}"
     marks.append(label(x, y - 12, ending, "value", "end"))
-    told = ", ".join(f"round {p.round} {percent(p.macs_ratio)}" for p in story.rounds)
+    told = ", ".join(f"round {p.round} {percent(p.macs_ratio)}" for p in rounds)
     return picture(262, "Compute per round, share of dense MACs", told, marks)
 
 
@@ -211,7 +213,7 @@ def heat_map(story: Story) -> Element:
             words = f"Block {block + 1}, head {head + 1}: {'kept' if stays else 'removed'}, "
             words += "not scored" if score is None else f"score {score:.3g}"
             box = (52 + head * cell, y, cell - 3, high - 3)
-            marks.append(_cell(box, words, _share(score, top), stays))
+            marks.append(_cell(box, words, score_share(score, top), stays))
     heads = [
         label(52 + h * cell + cell / 2 - 1.5, 16, str(h + 1), "tick", "middle") for h in range(most)
     ]
@@ -235,7 +237,7 @@ def _row_height(story: Story) -> float:
     return min(max(300 / len(story.heads.kept), 15.0), 34.0)
 
 
-def _share(score: float | None, top: float) -> float | None:
+def score_share(score: float | None, top: float) -> float | None:
     """Scores are skewed: the square root spreads the many small ones."""
     return None if score is None else (max(score, 0.0) / top) ** 0.5 if top > 0 else 0.0
 

@@ -65,6 +65,9 @@ min_farms = 1           # farms that must be online before a run starts
 # [metrics]             # figures for Prometheus, on this machine
 # port = 9464
 
+# [page]                # the operator's page, on this machine
+# port = 9465
+
 # [broker]              # devices tell how they are over MQTT: see certify-broker
 # host = "mqtt.example.org"
 """

@@ -5,6 +5,7 @@
     hub         hands signed models to devices (server/hub.py), where one is configured
     metrics     shows figures to Prometheus (server/metrics.py), where they are configured
     bridge      hears and tells devices over MQTT (server/bridge.py), where a broker is configured
+    page        shows operators what goes on (server/page.py), where it is configured
 
 They are separate processes that share a secret: nobody else on the machine can take a run's token,
 and a run survives a restart of the SuperLink. Everything lies below the state folder; both are
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from common import notify
-from common.config import HubConfig, MetricsConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import LaunchError
 from common.files import write_atomically
 from common.processes import (
@@ -133,17 +134,17 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     secret = _prepare(network)
     env = flower_environment(network.state_dir)
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
-    hub = None if config.hub is None else _hub(network, config.hub)
-    metrics = None if config.metrics is None else _metrics(network, config.metrics)
-    bridge = None if config.broker is None else _bridge(network)
+    services = list(_services(network, config))
     with terminate_like_interrupt(), Supervisor() as supervisor:
         listening = partial(wait_for_port, network.host, network.port, START_SECONDS, superlink)
         supervisor.start(superlink, ready=listening)
         supervisor.start(superexec)
-        for child in (hub, metrics, bridge):
-            if child is not None:
-                supervisor.start(child)
+        for child in services:
+            supervisor.start(child)
         log.info("farms reach this server at %s", network.address)
+        if config.page is not None:
+            where = (config.page.host, config.page.port, network.state_dir / "page.token")
+            log.info("operators look at http://%s:%d/; the token for changes is in '%s'", *where)
         notify.ready(f"network {config.server.name} on {network.address}")
         yield network
 
@@ -193,24 +194,24 @@ def _superexec(network: Network, secret: Path, env: dict[str, str]) -> Child:
     return Child("superexec", lambda: command, logs_of(network.state_dir) / "superexec.log", env)
 
 
-def _hub(network: Network, config: HubConfig) -> Child:
-    require_free_port(config.host, config.port, "[hub] port")
-    command = [sys.executable, "-P", "-m", "server.hub", str(network.state_dir)]
-    return Child("hub", lambda: command, logs_of(network.state_dir) / "hub.log", dict(os.environ))
+def _services(network: Network, config: ServerConfig) -> Iterator[Child]:
+    """Our own programs beside Flower, as far as they are configured; each is ``server.NAME``."""
+    if config.hub is not None:
+        require_free_port(config.hub.host, config.hub.port, "[hub] port")
+        yield _service(network, "hub")
+    for name, shown in (("metrics", config.metrics), ("page", config.page)):
+        if shown is not None:
+            require_loopback(shown.host, f"[{name}] host")
+            require_free_port(shown.host, shown.port, f"[{name}] port")
+            yield _service(network, name)
+    if config.broker is not None:
+        yield _service(network, "bridge")
 
 
-def _metrics(network: Network, config: MetricsConfig) -> Child:
-    require_loopback(config.host, "[metrics] host")
-    require_free_port(config.host, config.port, "[metrics] port")
-    command = [sys.executable, "-P", "-m", "server.metrics", str(network.state_dir)]
-    log_file = logs_of(network.state_dir) / "metrics.log"
-    return Child("metrics", lambda: command, log_file, dict(os.environ))
-
-
-def _bridge(network: Network) -> Child:
-    command = [sys.executable, "-P", "-m", "server.bridge", str(network.state_dir)]
-    log_file = logs_of(network.state_dir) / "bridge.log"
-    return Child("bridge", lambda: command, log_file, dict(os.environ))
+def _service(network: Network, name: str) -> Child:
+    command = [sys.executable, "-P", "-m", f"server.{name}", str(network.state_dir)]
+    log_file = logs_of(network.state_dir) / f"{name}.log"
+    return Child(name, lambda: command, log_file, dict(os.environ))
 
 
 # --- runs ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from xml.etree.ElementTree import Element
 
 WIDTH = 480
 """Units across a chart."""
-VOID = frozenset({"br", "img", "meta"})
+VOID = frozenset({"br", "img", "input", "link", "meta"})
 """Elements without content, which HTML does not close."""
 
 Child = Element | str | None

@@ -127,11 +127,11 @@ def rollback(
     to: Annotated[int | None, typer.Option(help="version; default: the one before")] = None,
 ) -> None:
     """Let a channel name an earlier version again."""
+    from server.actions import roll_back
     from server.registry import Registry
 
     with Registry.open(folder) as registry:
-        registry.require_settled(channel)
-        row = registry.roll_back(channel, to)
+        row = roll_back(registry, channel, to)
     print(f"channel {channel} names version {row.version} again: {row.why}")
 
 
@@ -191,6 +191,7 @@ def exchange_keys(folder: Folder) -> None:
 
 
 def _promote(registry: "Registry", channel: str, version: int) -> None:
-    registry.require_settled(channel)
-    row = registry.promote(channel, version)
+    from server import actions
+
+    row = actions.promote(registry, channel, version)
     print(f"channel {channel} names version {row.version}")

@@ -249,19 +249,19 @@ def _removed(story: Story) -> Element:
 
 def _rounds(story: Story) -> Element:
     note = "Accuracy is what the farms report in every round, before they train."
+    accuracy = charts.accuracy_chart(story.rounds, [line.farm for line in story.farms])
+    compute = charts.macs_chart(story.rounds)
     pair = node(
         "div",
-        _panel("Mean accuracy", "Thin lines are the farms.", charts.accuracy_chart(story)),
-        _panel(
-            "Compute per image", "Share of the dense backbone's MACs.", charts.macs_chart(story)
-        ),
+        _panel("Mean accuracy", "Thin lines are the farms.", accuracy),
+        _panel("Compute per image", "Share of the dense backbone's MACs.", compute),
         class_="pair",
     )
     farms = []
     for line in story.farms:
         known = [p.accuracy[line.farm] for p in story.rounds if line.farm in p.accuracy]
         last = node("span", percent(known[-1] if known else None), class_="last")
-        chart = charts.farm_chart(story, line)
+        chart = charts.farm_chart(story.rounds, line.farm)
         farms.append(
             node("figure", node("h3", node("span", *_name(line)), last), chart, class_="panel")
         )

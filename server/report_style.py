@@ -4,7 +4,7 @@ Hues are Okabe and Ito's (2008), which stay apart with every kind of colour visi
 the data, vermilion the prune events.
 """
 
-STYLE = """
+COLOURS = """
 :root {
   color-scheme: light dark;
   --paper: #f6f5f1; --card: #ffffff; --ink: #1d2420; --soft: #57605a; --faint: #dfe0da;
@@ -18,6 +18,44 @@ STYLE = """
     --event: #f29b55; --other: #5f6a64; --bar-rest: #29302c; --gone: 0.35;
   }
 }
+"""
+
+CHARTS = """
+svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
+svg text { fill: var(--ink); font-size: 14px; font-family: inherit; }
+svg .tick { fill: var(--soft); font-size: 13px; }
+svg .big-tick { fill: var(--soft); font-size: 28px; }
+svg .value { font-size: 18px; font-weight: 640; paint-order: stroke; stroke: var(--card);
+             stroke-width: 5px; stroke-linejoin: round; }
+.rule { stroke: var(--hair); stroke-width: 1; }
+.event { stroke: var(--event); stroke-width: 1.5; stroke-dasharray: 4 4; }
+.flag { fill: var(--event); }
+.farm-line { fill: none; stroke: var(--other); stroke-width: 1.4; stroke-linejoin: round;
+             opacity: 0.75; }
+.mean-behind { fill: none; stroke: var(--other); stroke-width: 3; stroke-dasharray: 2 6;
+               stroke-linecap: round; }
+.mean-line { fill: none; stroke: var(--data); stroke-width: 3; stroke-linejoin: round;
+             stroke-linecap: round; }
+.many .mean-line { stroke-width: 5; }
+.many .mean-dot { r: 7px; }
+.many .event { stroke-width: 3; stroke-dasharray: 6 7; }
+.many .rule { stroke-width: 2; }
+.mean-dot, .step-dot { fill: var(--data); stroke: var(--card); stroke-width: 1.5; }
+.step { fill: none; stroke: var(--data); stroke-width: 3; stroke-linejoin: round; }
+.area { fill: var(--data-soft); }
+.bar { fill: var(--data); }
+.bar-rest { fill: var(--bar-rest); }
+.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: 0.6; }
+.head { stroke: var(--ink); stroke-opacity: 0.14; }
+.head.gone { fill-opacity: var(--gone); stroke: var(--soft); stroke-opacity: 0.7;
+             stroke-dasharray: 3 3; }
+.head.unscored { fill: var(--bar-rest); }
+.cross { stroke: var(--ink); stroke-width: 1.4; stroke-linecap: round; }
+"""
+
+STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
@@ -58,36 +96,9 @@ section { margin: 52px 0 0; }
 .many h3, .leaves h3 { display: flex; justify-content: space-between; gap: 8px; }
 .last { color: var(--data); white-space: nowrap; }
 .species { display: block; color: var(--soft); font-weight: 400; font-size: 0.86rem; }
-svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { fill: var(--ink); font-size: 14px; font-family: inherit; }
-svg .tick { fill: var(--soft); font-size: 13px; }
-svg .big-tick { fill: var(--soft); font-size: 28px; }
-svg .value { font-size: 18px; font-weight: 640; paint-order: stroke; stroke: var(--card);
-             stroke-width: 5px; stroke-linejoin: round; }
-.rule { stroke: var(--hair); stroke-width: 1; }
-.event { stroke: var(--event); stroke-width: 1.5; stroke-dasharray: 4 4; }
-.flag { fill: var(--event); }
-.farm-line { fill: none; stroke: var(--other); stroke-width: 1.4; stroke-linejoin: round;
-             opacity: 0.75; }
-.mean-behind { fill: none; stroke: var(--other); stroke-width: 3; stroke-dasharray: 2 6;
-               stroke-linecap: round; }
-.mean-line { fill: none; stroke: var(--data); stroke-width: 3; stroke-linejoin: round;
-             stroke-linecap: round; }
-.many .mean-line { stroke-width: 5; }
-.many .mean-dot { r: 7px; }
-.many .event { stroke-width: 3; stroke-dasharray: 6 7; }
-.many .rule { stroke-width: 2; }
-.mean-dot, .step-dot { fill: var(--data); stroke: var(--card); stroke-width: 1.5; }
-.step { fill: none; stroke: var(--data); stroke-width: 3; stroke-linejoin: round; }
-.area { fill: var(--data-soft); }
-.bar { fill: var(--data); }
-.bar-rest { fill: var(--bar-rest); }
-.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: 0.6; }
-.head { stroke: var(--ink); stroke-opacity: 0.14; }
-.head.gone { fill-opacity: var(--gone); stroke: var(--soft); stroke-opacity: 0.7;
-             stroke-dasharray: 3 3; }
-.head.unscored { fill: var(--bar-rest); }
-.cross { stroke: var(--ink); stroke-width: 1.4; stroke-linecap: round; }
+"""
+    + CHARTS
+    + """
 .key { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 0.86rem;
        margin: 0 0 14px; padding: 0; list-style: none; }
 .key svg { width: 26px; height: 12px; vertical-align: -1px; margin-right: 6px; }
@@ -172,3 +183,4 @@ footer { padding-bottom: 64px; }
   details::details-content { display: block; content-visibility: visible; }
 }
 """
+)

@@ -60,6 +60,6 @@ def test_what_an_inference_device_and_status_need_imports_without_torch() -> Non
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, client.infer, "
         "client.watch, client.health, client.discovery, client.ledger, client.figures, "
         "common.portable, server.status, server.hub, server.metrics, server.bridge, "
-        "client.bench, client.footprint"
+        "client.bench, client.footprint, server.page"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
