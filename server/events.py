@@ -9,6 +9,7 @@ from typing import Literal
 from server.facts import Facts, RegistryFacts, Sources
 from server.rows import RunRow
 from server.story import percent
+from server.telemetry import TelemetryStore
 
 Tone = Literal["good", "warn", "bad", "calm"]
 Kind = Literal["run", "round", "cut", "reply", "farm", "version", "rollout", "device", "action"]
@@ -61,6 +62,8 @@ def _all(sources: Sources) -> Iterator[Event]:
         yield Event(row.since, "farm", "bad", words, row.reason)
     if sources.registry is not None:
         yield from _of_registry(sources.registry)
+    if sources.told is not None:
+        yield from _of_devices(sources.told)
     for action in sources.actions:
         refused = action.outcome.startswith("refused")
         outcome = action.outcome or "not known: it was begun, and nobody said how it ended"
@@ -112,6 +115,14 @@ def _of_replies(facts: Facts, run: RunRow) -> Iterator[Event]:
             title = f"a reply of {farm} to round {row.round} was put into quarantine: {why}"
         detail = "" if row.detail == row.reason else row.detail
         yield Event(row.received, "reply", "warn", title, detail)
+
+
+def _of_devices(told: TelemetryStore) -> Iterator[Event]:
+    """Of updates devices tell the hub as well, which is in the registry."""
+    for event in told.events(MOST_EVENTS):
+        if event.kind != "update":
+            tone: Tone = "bad" if event.kind == "fault" else "calm"
+            yield Event(event.received, "device", tone, f"device {event.device}: {event.words}")
 
 
 def _of_registry(registry: RegistryFacts) -> Iterator[Event]:

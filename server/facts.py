@@ -15,10 +15,12 @@ import numpy as np
 
 from common.errors import RejectReason, StateError
 from common.mask import Mask
+from server import telemetry
 from server.actions import ActionRow, Actions
 from server.figures import MOST_FARMS, Figures, RegistryFigures, reading
 from server.rows import FarmRow, Floats, LinkRow, RejectionRow, ReplyRow, RoundRow, RunRow
 from server.story import RoundPoint
+from server.telemetry import TelemetryStore
 from server.versions import ChannelRow, InstallRow
 
 MOST_ROUNDS = 60
@@ -335,14 +337,16 @@ def worst(farms: Sequence[FarmFacts]) -> FarmFacts | None:
 
 @dataclass(frozen=True)
 class Sources:
-    """What one page reads, each as it is at one instant; ``registry`` None where there is none.
+    """What one page reads, each as it is at one instant; None where there is none.
 
+    ``registry`` holds the versions, ``told`` is what devices told over MQTT.
     ``faults`` says in words what cannot be read beside the store.
     """
 
     state_dir: Path
     facts: Facts
     registry: RegistryFacts | None
+    told: TelemetryStore | None
     actions: tuple[ActionRow, ...]
     faults: tuple[str, ...]
 
@@ -357,7 +361,7 @@ def sources(state_dir: Path, most_actions: int) -> Iterator[Sources]:
     faults = []
     with ExitStack() as opened:
         facts = opened.enter_context(reading(Facts, state_dir / "fieldfed.db"))
-        registry, actions = None, []
+        registry, told, actions = None, None, []
         try:
             if registry_path(state_dir).is_file():
                 kind = reading(RegistryFacts, registry_path(state_dir))
@@ -367,10 +371,17 @@ def sources(state_dir: Path, most_actions: int) -> Iterator[Sources]:
             registry = None
             faults.append(f"The registry cannot be read: {error}")
         try:
+            if (state_dir / telemetry.NAME).is_file():
+                told = opened.enter_context(reading(TelemetryStore, state_dir / telemetry.NAME))
+                told.presence()
+        except StateError as error:
+            told = None
+            faults.append(f"What devices told cannot be read: {error}")
+        try:
             actions = newest_actions(state_dir, most_actions)
         except StateError as error:
             faults.append(f"The record of actions cannot be read: {error}")
-        yield Sources(state_dir, facts, registry, tuple(actions), tuple(faults))
+        yield Sources(state_dir, facts, registry, told, tuple(actions), tuple(faults))
 
 
 def registry_path(state_dir: Path) -> Path:

@@ -14,7 +14,7 @@ The bridge alone writes (server/arrivals.py); others read, at any time and for a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from common.errors import ProtocolError
 from common.topics import DeviceState, Event, Result, Telemetry
@@ -51,10 +51,10 @@ _FIRST: Migration = (
         time REAL NOT NULL,
         received REAL NOT NULL,
         uptime_seconds REAL NOT NULL,
-        cpu_ratio REAL NOT NULL,
-        memory_used_bytes INTEGER NOT NULL,
-        memory_bytes INTEGER NOT NULL,
-        disk_free_bytes INTEGER NOT NULL,
+        cpu_ratio REAL,
+        memory_used_bytes INTEGER,
+        memory_bytes INTEGER,
+        disk_free_bytes INTEGER,
         temperature_celsius REAL,
         throttled INTEGER,
         under_voltage INTEGER,
@@ -199,15 +199,21 @@ class TelemetryStore(Database):
             "AND time >= ? ORDER BY id DESC LIMIT ?",
             *(device, since, limit),
         )
-        return [
-            Measured(row["time"], Telemetry(**{name: row[name] for name in COLUMNS["telemetry"]}))
-            for row in reversed(found)
-        ]
+        return [_measured(row) for row in reversed(found)]
 
     def newest(self, device: str) -> Measured | None:
         """The newest telemetry of a device."""
         found = self.measured(device, limit=1)
         return found[0] if found else None
+
+    def newest_of_all(self, limit: int = 10_000) -> Mapping[str, Measured]:
+        """The newest telemetry of the first devices by name."""
+        found = self._select(
+            "SELECT name, telemetry.* FROM devices JOIN telemetry ON device = number AND id = "
+            "(SELECT max(id) FROM telemetry WHERE device = number) ORDER BY name LIMIT ?",
+            limit,
+        )
+        return {row["name"]: _measured(row) for row in found}
 
     def labels_by_hour(
         self, since: float, until: float, device: str | None = None
@@ -237,3 +243,8 @@ class TelemetryStore(Database):
         """Messages that came, by what became of them; what never happened counts 0."""
         found = {row["fate"]: row["count"] for row in self._select("SELECT * FROM counts")}
         return {fate: found.get(fate, 0) for fate in FATES}
+
+
+def _measured(row: Any) -> Measured:
+    fields = {name: row[name] for name in COLUMNS["telemetry"]}
+    return Measured(row["time"], Telemetry(**fields))

@@ -45,6 +45,7 @@ from server.rollout import RolloutPlan
 from server.status import snapshot
 from server.store import opened_run
 from server.versions import InstallRow
+from tests.lab.devices import tell
 from tests.lab.network import Lab
 from tests.lab.versions import two_versions
 
@@ -75,6 +76,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         for farm, outcome in (("farm0", "committed"), ("farm2", "refused")):
             row = InstallRow(farm, "pi", 1, outcome, "a text", 0.5, 0.6, time.time())
             registry.rows.record_install(row)
+    tell(made.server_dir)
     return made
 
 
@@ -338,6 +340,20 @@ def test_without_a_registry_the_run_is_shown(folder: Path) -> None:
     assert "Run 1" in client.get("/").text
     assert "registry publish" in client.get("/versions").text
     assert "No device has reported" in client.get("/devices").text
+
+
+def test_devices_are_shown_as_they_told_it(folder: Path) -> None:
+    client = opened(folder)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", client.get("/devices").text))
+    assert "1 online, 1 offline." in text
+    assert re.search(r"farm0 farm0 online .{0,40} - - 50 % 50 % 3 B 7 ", text), text
+    assert re.search(r"gate - offline - - - - - - - ", text), text
+    (folder / "telemetry.db").write_bytes(b"no database at all" * 100)
+    for path in ("/devices", "/events", "/"):
+        assert client.get(path).status_code == 200
+    assert "What devices told cannot be read" in client.get("/").text
+    (folder / "telemetry.db").unlink()
+    assert "No device has told how it is" in client.get("/devices").text
 
 
 # --- damage --------------------------------------------------------------------------------------
