@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -67,12 +67,15 @@ def init(
 
 @app.command("run", epilog="Example: fieldfed-client run farms/apple --log json")
 def run_farm(folder: Folder, log: LogOption = "text") -> None:
-    """Take part: stay connected, work when asked, until Ctrl-C."""
-    from client.launch import run_supernode
+    """Take part until Ctrl-C: train when asked, follow versions, watch the camera, tell of it.
+
+    What is not in farm.toml, or not joined, is left out: [broker], [watch], the network.
+    """
+    from client.agent import run_device
 
     logs.start_logging(log)
     config = load_settings(FarmConfig, folder / "farm.toml")
-    run_supernode(config, folder / "farm.toml", folder / "state")
+    run_device(config, folder / "farm.toml", folder / "state")
 
 
 @app.command(epilog="Example: fieldfed-client wake farms/apple")
@@ -154,21 +157,33 @@ def update(
     log: LogOption = "text",
 ) -> None:
     """Try what the channel names on this farm's images, and serve with it if it is no worse."""
-    from client.schedule import Follower
-
     logs.start_logging(log)
+    if follow:
+        _follow(folder)
     device = _device(folder)
-    farm = device.farm
-    metered = farm.link == "metered"
+    metered = device.farm.link == "metered"
     with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
         updater = device.updater()
-        if follow:
-            Follower(updater, hub, hours=farm.update_hours, metered=metered).run()
         back = updater.check(hub)
         done = back if back is not None else updater.update(hub, compress=metered)
     print(done.words)
     if done.outcome == "refused":
         raise typer.Exit(RefusalError.exit_code)
+
+
+def _follow(folder: Path) -> NoReturn:
+    """Until Ctrl-C; each try is a process that ends, so that waiting takes little memory."""
+    from client.lookout import Lookout
+    from client.member import Member
+    from client.schedule import Follower
+
+    member = Member.of(folder)
+    with member.hub():  # says what is missing
+        pass
+    lookout = Lookout(member, folder / "farm.toml", folder / "state", lambda _event: None)
+    metered = member.farm.link == "metered"
+    Follower(lookout, hours=member.farm.update_hours, metered=metered).run()
+    raise KeyboardInterrupt
 
 
 @app.command(epilog="Example: fieldfed-client serving farms/apple --json")

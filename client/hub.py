@@ -5,6 +5,7 @@ there, after a pause that grows and is drawn at random, so that a server that co
 by all farms at once. A fetch gives up when it was tried several times without one byte of gain.
 """
 
+import contextlib
 import logging
 import random
 import time
@@ -15,6 +16,7 @@ from typing import Self, TypeVar
 import grpc
 import numpy as np
 
+from client.bell import Bell
 from client.identity import ClientFiles
 from client.ledger import Kind, Ledger
 from common import hub_pb2, hub_pb2_grpc
@@ -123,14 +125,25 @@ class HubClient:
         except grpc.RpcError as error:
             raise self._failed(error) from error
 
-    def watch(self, channel: str, counter: int = 0) -> Iterator[Offer]:
-        """Every newer state of a channel than number ``counter``, as it comes; raises LinkError."""
+    def watch(self, channel: str, counter: int = 0, bell: Bell | None = None) -> Iterator[Offer]:
+        """Every newer state of a channel than number ``counter``, as it comes.
+
+        Args:
+            channel: its name.
+            counter: of the state that is known.
+            bell: ends it when it rings.
+
+        Raises:
+            LinkError: the line was lost, or there is no such channel.
+        """
         asked = hub_pb2.ChannelRequest(channel=channel, counter=counter)
-        request = self._leaving(Kind.REQUEST, asked)
-        try:
-            yield from map(_offer, self._stub.Watch(request))
-        except grpc.RpcError as error:
-            raise self._failed(error) from error
+        call = self._stub.Watch(self._leaving(Kind.REQUEST, asked))
+        with contextlib.nullcontext() if bell is None else bell.ending(call.cancel):
+            try:
+                yield from map(_offer, call)
+            except grpc.RpcError as error:
+                if bell is None or not bell.rung:
+                    raise self._failed(error) from error
 
     def report(self, report: InstallReport) -> None:
         """Say what became of a version; raises LinkError."""

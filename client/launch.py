@@ -1,4 +1,4 @@
-"""Starts and supervises a farm's programs: Flower's SuperNode, and the executor of its requests.
+"""A farm's part in training: Flower's SuperNode, and the executor of its requests.
 
 The SuperNode fetches requests and starts ``flwr-clientapp`` for each, which has the executor answer
 it (client/executor.py). It reaches the server through a relay that counts (client/relay.py), and on
@@ -8,24 +8,17 @@ a metered link it runs only while the farm is awake (client/shifts.py).
 import json
 import logging
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import client.messenger
 from client.relay import Relay
 from client.shifts import Signs, keep_shifts
-from common import notify
 from common.config import FarmConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, DiskError
 from common.files import write_atomically
-from common.processes import (
-    Child,
-    Supervisor,
-    free_port,
-    require_loopback,
-    terminate_like_interrupt,
-)
+from common.processes import Child, Supervisor, free_port, require_loopback, rotate
 from common.programs import (
     flower_environment,
     flower_home,
@@ -37,52 +30,92 @@ from common.programs import (
 
 log = logging.getLogger(__name__)
 
+DISK_SECONDS = 60.0
 _LOCAL = "127.0.0.1"
 
 
-def run_supernode(
-    config: FarmConfig,
-    config_path: Path,
-    state_dir: Path,
-    stop: threading.Event | None = None,
-) -> None:
-    """Keep a SuperNode connected until Ctrl-C, SIGTERM or ``stop``; then end all it started.
+class Training:
+    """Takes part in training.
 
-    It waits for a server that is not up yet. After a power cut the server refuses it for up to a
-    minute, and it exits: it is started again with a jittered back-off until it is let in.
+    It waits for a server that is not up yet. After a power cut the server refuses the SuperNode for
+    up to a minute, and that exits: it is started again with a jittered back-off until it is let in.
 
     Args:
         config: the farm's settings.
         config_path: the file they came from; the ClientApp reads it again for each request.
         state_dir: where the farm keeps its state and Flower's files.
-        stop: ends the call when set, for use outside the main thread.
 
     Raises:
         ConfigError: the server is on another machine, or the settings file does not exist.
-        LaunchError: Flower is not installed.
     """
-    require_loopback(config.farm.superlink.rpartition(":")[0], "[farm] superlink")
-    if not config_path.is_file():
-        raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
-    env = _environment(config, state_dir)
-    stop = stop or threading.Event()
-    link = Relay(config.farm.superlink, state_dir, config.farm.seconds_between_polls)
-    try:
-        with terminate_like_interrupt(), link, Supervisor() as supervisor:
-            notify.ready(f"farm {config.farm.name}")
-            worker = executor(state_dir, env)
-            node = supernode(config_path, state_dir, link.address, env)
-            supervisor.start(worker)
-            log.info("%s works for the server at %s", config.farm.name, config.farm.superlink)
-            if config.farm.link == "metered":
-                signs = Signs(link, worker, node)
-                keep_shifts(config.farm, state_dir, supervisor, node, signs, stop.wait)
-            else:
-                supervisor.start(node)
-                while not stop.wait(1.0):
-                    pass
-    except KeyboardInterrupt:
-        log.info("%s stopped", config.farm.name)
+
+    def __init__(self, config: FarmConfig, config_path: Path, state_dir: Path) -> None:
+        require_loopback(config.farm.superlink.rpartition(":")[0], "[farm] superlink")
+        if not config_path.is_file():
+            raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
+        self._config, self._config_path, self._state_dir = config, config_path, state_dir
+        self._link = Relay(config.farm.superlink, state_dir, config.farm.seconds_between_polls)
+        self.children: list[Child] = []
+
+    def __enter__(self) -> Self:
+        """Open the relay, through which the SuperNode signs off at last.
+
+        Raises:
+            LaunchError: this machine gives no port.
+        """
+        self._link.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the relay, which keeps what it has counted."""
+        self._link.__exit__(*error)
+
+    def run(
+        self,
+        supervisor: Supervisor,
+        wait: Callable[[float], bool],
+        tell: Callable[[bool], None] = lambda _awake: None,
+    ) -> None:
+        """Stay connected, or on a metered link keep shifts, until ``wait`` says that this is over.
+
+        Args:
+            supervisor: that keeps the programs running; they end with it.
+            wait: so many seconds; returns whether to end.
+            tell: hears when the farm has woken, or has fallen asleep.
+
+        Raises:
+            LaunchError: Flower is not installed.
+        """
+        farm = self._config.farm
+        prepared = self._prepared(wait)
+        if prepared is None:
+            return
+        worker, node = self.children = prepared
+        supervisor.start(worker)
+        log.info("%s works for the server at %s", farm.name, farm.superlink)
+        if farm.link == "metered":
+            signs = Signs(self._link, worker, node)
+            keep_shifts(farm, self._state_dir, supervisor, node, signs, wait, tell)
+            return
+        supervisor.start(node)
+        while not wait(1.0):
+            pass
+
+    def _prepared(self, wait: Callable[[float], bool]) -> list[Child] | None:
+        """The executor and the SuperNode, once the disk takes what they read; None at the end."""
+        while True:
+            try:
+                env = _environment(self._config, self._state_dir)
+                worker = executor(self._state_dir, env)
+                node = supernode(self._config_path, self._state_dir, self._link.address, env)
+                for child in (worker, node):
+                    rotate(child.log_file)
+                    child.log_file.touch()
+                return [worker, node]
+            except (DiskError, OSError) as error:
+                log.error("%s; training begins when there is room", error)
+            if wait(DISK_SECONDS):
+                return None
 
 
 def executor(state_dir: Path, env: Mapping[str, str]) -> Child:

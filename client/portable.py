@@ -1,6 +1,7 @@
 """From what a farm's trainer serves with to one file for its devices without torch."""
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import numpy as np
 from torch import nn
 
 from client.infer import Classifier
-from client.serving import About, Bundle, Serving
-from common.errors import DataError, QualityError
+from client.served import About
+from client.serving import Bundle, Serving
+from common.errors import DataError, FieldfedError, QualityError
 from common.export import graph_of, require_parity, whole
 from common.images import FarmFolder, Part
 from common.int8 import quantised
+from common.logs import start_logging
 from common.portable import PortableAbout, PortableBundle
 from common.runtime import Runtime
 
@@ -150,3 +153,14 @@ def write_portable(
         made = in_8_bits(made, folder())
     made.write(out)
     return made.about
+
+
+def main() -> int:
+    """The program ``portable SERVING OUT``: returns its exit status."""
+    start_logging()
+    try:
+        write_portable(Serving(Path(sys.argv[1])), Path(sys.argv[2]))
+    except FieldfedError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0

@@ -11,43 +11,22 @@ that is whole is used.
 """
 
 import hashlib
-import json
 import logging
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AwareDatetime, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from client.served import About, Named, Served, about_of, age
 from common.assembly import assemble
 from common.errors import RefusalError, StateError
 from common.files import write_atomically
-from common.manifest import Manifest
-from common.messages import Digest, Ratio
 from common.objects import Objects
-from common.signing import Document
-from common.tensors import header_of
 
 log = logging.getLogger(__name__)
-
-BundleId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-
-
-class About(Document):
-    """What belongs to a classifier. ``threshold``: below it the device is not sure."""
-
-    digest: Digest = Field(description="of the manifest")
-    manifest: Manifest
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    threshold: Ratio
-    accuracy: Ratio
-    f1: Ratio
-    committed: AwareDatetime
 
 
 class Bundle:
@@ -57,17 +36,11 @@ class Bundle:
         self.about, self.model, self.classifier = about, model, classifier
 
 
-class _Named(Document):
-    current: BundleId | None = None
-    previous: BundleId | None = None
-    rejected: dict[Digest, str] = Field(default_factory=dict)
-
-
-class Serving:
+class Serving(Served):
     """The bundles of a device. One process at a time changes them."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        super().__init__(folder)
         self.objects = Objects(folder / "objects")
 
     # --- what is in use ----------------------------------------------------------------------
@@ -75,7 +48,7 @@ class Serving:
     def current(self) -> Bundle | None:
         """The bundle in use; when it is damaged the one before it, or any that is whole."""
         named = self._named()
-        others = [path.stem for path in sorted(self._bundles(), key=_age)]
+        others = [path.stem for path in sorted(self._bundles(), key=age)]
         for name in dict.fromkeys([named.current, named.previous, *others]):
             bundle = None if name is None else self._load(name)
             if bundle is not None:
@@ -92,11 +65,6 @@ class Serving:
         if bundle is None:
             raise StateError("no version is in use; get one with: fieldfed-client update")
         return bundle
-
-    def about(self) -> About | None:
-        """What the bundle in use says of itself, without its tensors."""
-        name = self._named().current
-        return None if name is None else self._about(name)
 
     def previous(self) -> Bundle | None:
         """The bundle that was in use before, or None when it is absent or damaged."""
@@ -129,15 +97,11 @@ class Serving:
         if before is None or now is None:
             return None
         rejected = named.rejected | {now.digest: reason[:500]}
-        self._name(_Named(current=named.previous, previous=None, rejected=rejected))
+        self._name(Named(current=named.previous, previous=None, rejected=rejected))
         self.tidy()
         return before.about
 
     # --- what is never tried again -----------------------------------------------------------
-
-    def rejected(self, digest: str) -> str | None:
-        """Why a version was rejected here, or None when it was not."""
-        return self._named().rejected.get(digest)
 
     def reject(self, digest: str, reason: str) -> None:
         """Never try this version again."""
@@ -163,48 +127,19 @@ class Serving:
 
     # --- on disk -----------------------------------------------------------------------------
 
-    def _named(self) -> _Named:
-        path = self._folder / "serving.json"
-        try:
-            return _Named.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return _Named()
-        except (OSError, ValidationError) as error:
-            newest = next((p.stem for p in sorted(self._bundles(), key=_age)), None)
-            log.warning("'%s' is damaged (%s); bundle %s is used", path, error, newest)
-            return _Named(current=newest)
-
-    def _name(self, named: _Named) -> None:
-        write_atomically(self._folder / "serving.json", named.model_dump_json().encode())
-
-    def _bundles(self) -> list[Path]:
-        return list((self._folder / "bundles").glob("*.safetensors"))
+    def _name(self, named: Named) -> None:
+        write_atomically(self.file, named.model_dump_json().encode())
 
     def _save(self, about: About, classifier: nn.Linear) -> str:
         tensors = {"weight": classifier.weight.detach(), "bias": classifier.bias.detach()}
         body = save_tensors(tensors, metadata={"about": about.model_dump_json()})
         name = hashlib.sha256(body).hexdigest()[:32]
-        write_atomically(self._folder / "bundles" / f"{name}.safetensors", body)
+        write_atomically(self.folder / "bundles" / f"{name}.safetensors", body)
         return name
-
-    def _read(self, name: str) -> bytes | None:
-        path = self._folder / "bundles" / f"{name}.safetensors"
-        try:
-            body = path.read_bytes()
-        except OSError:
-            return None
-        if hashlib.sha256(body).hexdigest()[:32] == name:
-            return body
-        log.warning("'%s' is damaged and counts as absent", path)
-        return None
-
-    def _about(self, name: str) -> About | None:
-        body = self._read(name)
-        return None if body is None else _about_of(body)
 
     def _load(self, name: str) -> Bundle | None:
         body = self._read(name)
-        about = None if body is None else _about_of(body)
+        about = None if body is None else about_of(body)
         if body is None or about is None:
             return None
         try:
@@ -216,16 +151,3 @@ class Serving:
             log.warning("bundle %s cannot be used: %s", name[:12], error)
             return None
         return Bundle(about, model, classifier.requires_grad_(False))
-
-
-def _about_of(body: bytes) -> About | None:
-    try:
-        header, _ = header_of(body)
-        return About.model_validate_json(header["__metadata__"]["about"])
-    except (ValidationError, ValueError, KeyError, TypeError, json.JSONDecodeError):
-        return None
-
-
-def _age(path: Path) -> float:
-    """Newest first."""
-    return -path.stat().st_mtime

@@ -150,6 +150,7 @@ def keep_shifts(
     supernode: Child,
     signs: Signs,
     wait: Callable[[float], bool],
+    tell: Callable[[bool], None] = lambda _awake: None,
 ) -> None:
     """Run the SuperNode while the farm is awake, until ``wait`` says that this is over.
 
@@ -160,6 +161,7 @@ def keep_shifts(
         supernode: not started yet.
         signs: of work.
         wait: so many seconds; returns whether to end.
+        tell: hears when the farm has woken, or has fallen asleep.
     """
     noticed(state_dir)  # left from before: it is awake anyway
     shifts = Shifts(farm.wake_hours * 3600, farm.awake_minutes * 60)
@@ -173,4 +175,6 @@ def keep_shifts(
         elif running and not awake:
             supervisor.stop(supernode, STOP_SECONDS)
             log.info("%s sleeps for %.1f h, or until it is woken", farm.name, shifts.left() / 3600)
+        if awake != running:
+            tell(awake)
         running = awake

@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 
 import psutil
 
-from client.hub import Fetched, HubClient
+from client.hub import Fetched, HubClient, Offer
 from client.labels import Labels
-from client.serving import About, Bundle, Serving
+from client.served import About
+from client.serving import Bundle, Serving
 from client.shadow import MAX_DROP, Judged, Trial, judge, try_out
 from client.trust import Trust
 from common.assembly import assemble, require_buildable
@@ -74,20 +75,20 @@ class Updater:
         self._serving, self._trust, self._labels = serving, trust, labels
         self._clock = clock
 
-    @property
-    def seen(self) -> int:
-        """Counter of the newest state of the channel that was believed; 0: none."""
-        return self._trust.seen(self.channel)
-
-    def update(self, hub: HubClient, *, compress: bool = False) -> Done:
+    def update(self, hub: HubClient, *, compress: bool = False, offer: Offer | None = None) -> Done:
         """Look at the channel once and do what follows from it.
+
+        Args:
+            hub: a connection.
+            compress: for links on which bytes are dear.
+            offer: what the hub has said already, and need not be asked for again.
 
         Raises:
             LinkError: the hub cannot be reached; what has come is kept.
             DiskError: the disk is full; what has come is kept.
             DataError: this farm's images cannot be used.
         """
-        offer = hub.latest(self.channel)
+        offer = offer or hub.latest(self.channel)
         digest, manifest = "", None
         try:
             digest, manifest = self._trust.accept(

@@ -3,6 +3,8 @@
     results.jsonl, results.1.jsonl   a line per image, the newer and the older file
     DIR/*.jpg                        as the camera left them
 
+Lines are numbered; numbers rise, so that a reader knows which lines it has had.
+
 A photograph is looked at once it has stayed the same from one look to the next, since cameras and
 copies write slowly; what has a line already is not looked at again, also after a restart. One that
 cannot be read gets a line that says so. With a quota the oldest photographs that have a line are
@@ -30,6 +32,8 @@ LOOK_SECONDS = 1.0
 RESULT_BYTES = 10_000_000
 """Of a file of results; then it becomes the older one."""
 MARKED_SIDE = 1024
+MOST_UNKEPT = 1000
+"""Lines that wait in memory for room on the disk."""
 
 State = tuple[int, int]
 """mtime in ns and bytes of a file: the same twice, it is complete."""
@@ -60,6 +64,7 @@ class Watcher:
         self._classifier, self._folder, self._results = classifier, folder, results
         self._marked, self._quota, self._sleep = marked, quota, sleep
         self._seen: dict[Path, State] = {}
+        self._number, self._unkept = 0, list[bytes]()
         self._done = self._known()
 
     def run(self, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -69,6 +74,10 @@ class Watcher:
                 tell(line)
             self._sleep(LOOK_SECONDS)
 
+    def use(self, classifier: Classifier) -> None:
+        """Classify with another bundle from now on."""
+        self._classifier = classifier
+
     def look(self) -> Iterator[dict[str, Any]]:
         """The lines of the photographs that are complete and new.
 
@@ -76,6 +85,7 @@ class Watcher:
             ModelError, QualityError: the bundle cannot be run.
         """
         before, self._seen = self._seen, self._states()
+        self._keep_waiting()
         for image, state in sorted(self._seen.items(), key=lambda item: item[1]):
             if self._done.get(image) == state or before.get(image) != state:
                 continue
@@ -86,8 +96,13 @@ class Watcher:
         self._make_room()
 
     def _line(self, image: Path, state: State) -> dict[str, Any]:
-        named = {"image": str(image.relative_to(self._folder)), "state": list(state)}
-        named |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._number = max(self._number + 1, time.time_ns() // 1000)
+        named: dict[str, Any] = {
+            "image": str(image.relative_to(self._folder)),
+            "state": list(state),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "number": self._number,
+        }
         try:
             guess = self._classifier.classify(image)
             if self._marked is not None:
@@ -111,13 +126,22 @@ class Watcher:
     # --- results -----------------------------------------------------------------------------
 
     def _keep(self, line: dict[str, Any]) -> None:
+        # a line of its own, also where a power cut has left half of one
+        self._unkept.append(b"\n" + json.dumps(line).encode())
+        self._keep_waiting(line["image"])
+
+    def _keep_waiting(self, image: str = "") -> None:
+        """Write what waits, in order; the oldest are given up when the disk stays full."""
         try:
-            if self._results.is_file() and self._results.stat().st_size > RESULT_BYTES:
-                self._results.replace(self._older())
-            # a line of its own, also where a power cut has left half of one
-            append(self._results, b"\n" + json.dumps(line).encode())
-        except DiskError as error:
-            log.error("%s; '%s' is not kept", error, line["image"])
+            while self._unkept:
+                if self._results.is_file() and self._results.stat().st_size > RESULT_BYTES:
+                    self._results.replace(self._older())
+                append(self._results, self._unkept[0])
+                del self._unkept[0]
+        except (DiskError, OSError) as error:
+            if image:
+                log.error("%s; '%s' is not kept until there is room", error, image)
+            del self._unkept[:-MOST_UNKEPT]
 
     def _older(self) -> Path:
         return self._results.with_name(f"{self._results.stem}.1{self._results.suffix}")
@@ -131,8 +155,9 @@ class Watcher:
                     line = json.loads(text or b"null")
                     if line is not None:
                         mtime, size = line["state"]
+                        self._number = max(self._number, int(line.get("number", 0)))
                         found[self._folder / line["image"]] = int(mtime), int(size)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError):
                     log.warning("a line of '%s' is damaged and is left out", path)
         return found
 

@@ -210,6 +210,15 @@ def open_folder(
     return FarmFolder(listing.classes, parts[FIT], parts[DECIDE], skipped, parts[TEST])
 
 
+def count(path: Path) -> tuple[int, int]:
+    """Classes and images of a folder, without opening one; raises DataError as open_folder does."""
+    try:
+        listing = _list(path)
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    return len(listing.classes), len(listing.paths)
+
+
 def _list(root: Path) -> _Listing:
     if not root.is_dir():
         raise DataError(f"no image folder at '{root}'; give a folder of {_LAYOUT}")

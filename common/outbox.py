@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Kind: TypeAlias = Literal["telemetry", "event", "result"]
+Mark: TypeAlias = tuple[str, int]
+"""The name of a number that is kept together with a message, and its value."""
 Found = TypeVar("Found")
 
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -55,6 +57,8 @@ _CHANGE_PAGES = 16
 """Most that one change writes beside the bytes of its message."""
 _PAGE, _FRAME = 1024, 24
 """Bytes of a page, and of what is written before each in SQLite's log."""
+_MARK = "mark "
+"""Before the names of marks, among the outbox's own numbers."""
 _SCHEMA = (
     "CREATE TABLE numbers (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;"
 ) + "".join(
@@ -144,21 +148,29 @@ class Outbox:
         """Have this called, by the thread that puts, after each message that was put."""
         self._listener = listener
 
-    def put(self, kind: Kind, topic: str, body: Mapping[str, JSON]) -> int:
+    def put(
+        self, kind: Kind, topic: str, body: Mapping[str, JSON], mark: Mark | None = None
+    ) -> int:
         """Keep a message until it is removed; returns its id.
 
         Args:
             kind: says how dear it is.
             topic: where it will be published.
             body: its fields; ``id`` and ``time`` (seconds since 1970) are added.
+            mark: kept with the message, or neither of them: how far its source has been read.
 
         Raises:
             ProtocolError: the body is no JSON (say, not a number), or larger than a sixteenth of
                 the bound.
         """
-        found = self._do(lambda: self._put(kind, topic, body))
+        found = self._do(lambda: self._put(kind, topic, body, mark))
         self._listener()
         return found
+
+    def marked(self, name: str) -> int | None:
+        """The latest value of a mark; None where none was put, or the file was damaged since."""
+        with self._lock:
+            return self._numbers.get(_MARK + name)
 
     def waiting(self, most: int, after: int = 0) -> list[Waiting]:
         """The oldest messages with ids above ``after``, in the order in which they were put."""
@@ -196,7 +208,9 @@ class Outbox:
         self._db = connect(self._path, _SCHEMA, _VERSION, _PAGE)
         try:
             self._limit()
-            self._numbers = dict(self._db.execute("SELECT name, value FROM numbers").fetchall())
+            marks = {name: at for name, at in self._numbers.items() if name.startswith(_MARK)}
+            rows = self._db.execute("SELECT name, value FROM numbers").fetchall()
+            self._numbers = marks | dict(rows)  # of a damaged file the marks are still known
             reserved = self._numbers.get("reserved", 0)
             self._next = max(self._next, reserved, least, int(self._clock() * 1e6))
             self._reserve()
@@ -255,7 +269,7 @@ class Outbox:
             run("INSERT OR REPLACE INTO numbers VALUES ('reserved', ?)", (until,))
         self._numbers["reserved"] = until
 
-    def _put(self, kind: Kind, topic: str, body: Mapping[str, JSON]) -> int:
+    def _put(self, kind: Kind, topic: str, body: Mapping[str, JSON], mark: Mark | None) -> int:
         if self._next >= self._numbers["reserved"]:
             self._reserve()
         found = self._next
@@ -269,6 +283,10 @@ class Outbox:
         self._make_room(size)
         with writing(self._db, durable=kind != "telemetry") as run:
             run(f"INSERT INTO {kind} VALUES (?, ?, ?)", (found, topic, payload))  # noqa: S608
+            if mark is not None:
+                run("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (_MARK + mark[0], mark[1]))
+        if mark is not None:
+            self._numbers[_MARK + mark[0]] = mark[1]
         self._next += 1
         self._count, self._bytes = self._count + 1, self._bytes + len(payload)
         return found

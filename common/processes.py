@@ -345,7 +345,8 @@ class Supervisor:
         child.start()
         if ready is not None:
             ready()
-        self._watched.append(_Watch(child))
+        with self._lock:
+            self._watched.append(_Watch(child))
 
     def stop(self, child: Child, seconds: float = STOP_SECONDS) -> None:
         """Stop one child with all that it started, and watch it no more; it may be started again.

@@ -105,6 +105,7 @@ class Session:
         self._flying: dict[int, int] = {}
         self._sent_until = self._subscribed = 0
         self._told: dict[str, bytes] = {}
+        self._elsewhere: dict[int, str] = {}
         self._window, self._largest, self._heard, self._full = WINDOW, 0, 0.0, False
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
@@ -199,7 +200,9 @@ class Session:
         for topic, payload in list(self._memory.retained.items()):
             if payload is not self._told.get(topic):
                 self._told[topic] = payload
-                self._publish(topic, payload)
+                sent = self._publish(topic, payload)
+                if not topic.startswith(f"{self._base}/"):
+                    self._elsewhere[sent.mid] = topic
         for one in self._memory.filters[self._subscribed :]:
             self._subscribed += 1
             self._client.subscribe(one, qos=1)
@@ -300,12 +303,14 @@ class Session:
     def _on_publish(
         self, _client: Client, _data: object, mid: int, reason: ReasonCode, _also: object
     ) -> None:
-        number = self._flying.pop(mid, None)
+        number, elsewhere = self._flying.pop(mid, None), self._elsewhere.pop(mid, None)
         self._heard = time.monotonic()
         if number is not None:
             self._memory.suspect = None
         if number is not None and reason.value in _UNUSABLE:
             self._refuse(number, reason)
+        elif reason.is_failure and elsewhere is not None:  # what is ours goes on without
+            log.warning("the broker refuses '%s': %s; allow it there", elsewhere, reason)
         elif reason.is_failure:
             raise RefusedError(reason)
         elif number is not None:

@@ -53,13 +53,13 @@ def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_what_an_inference_device_and_status_need_imports_without_torch() -> None:
+def test_what_devices_and_status_need_imports_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['flwr'] = None; "
         "import common.errors, common.settings, common.spec, common.files, common.messages, "
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, client.infer, "
         "client.watch, client.health, client.discovery, client.ledger, client.figures, "
         "common.portable, server.status, server.hub, server.metrics, server.bridge, "
-        "client.bench, client.footprint, server.page"
+        "client.bench, client.footprint, client.agent, client.camera, server.page"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

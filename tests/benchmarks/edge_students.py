@@ -16,7 +16,8 @@ import numpy as np
 
 from client.distil import Student, portable_student, teach
 from client.portable import calibrated
-from client.serving import About, Bundle
+from client.served import About
+from client.serving import Bundle
 from common import backbone, fit
 from common.backbone import parameters
 from common.config import DistilConfig

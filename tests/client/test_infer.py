@@ -17,7 +17,7 @@ from client.portable import in_8_bits, right, write_portable
 from client.review import guess
 from client.serving import Serving
 from client.watch import Watcher, mark
-from common.errors import DataError, ModelError, QualityError, StateError
+from common.errors import DataError, DiskError, ModelError, QualityError, StateError
 from common.images import open_folder
 from common.portable import PortableBundle
 from server.registry import Registry
@@ -172,6 +172,42 @@ def test_half_a_line_is_left_out(classifier: Classifier, photographs: Path) -> N
     assert len(again.look()) == 1
     lines = camera.results.read_bytes().split(b"\n")
     assert json.loads(lines[-1])["image"]
+
+
+def test_lines_are_numbered_upwards_also_when_the_clock_goes_back(
+    classifier: Classifier, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera = Camera(classifier, photographs)
+    camera.look()
+    camera.look()
+    monkeypatch.setattr("client.watch.time.time_ns", lambda: 1_000_000)
+    again = Camera(classifier, photographs)
+    (photographs / "late.png").write_bytes((photographs / "img0.png").read_bytes())
+    again.look()
+    assert again.look() == ["late.png"]
+    texts = camera.results.read_text().split("\n")
+    numbers = [json.loads(text)["number"] for text in texts if text]
+    assert len(numbers) == 6
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] > 10**15
+
+
+def test_lines_wait_for_room_on_the_disk(
+    classifier: Classifier, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("no space left")
+
+    camera = Camera(classifier, photographs)
+    with monkeypatch.context() as patch:
+        patch.setattr("client.watch.append", full)
+        camera.look()
+        assert len(camera.look()) == 5
+        assert not camera.results.exists()
+    assert camera.look() == []
+    lines = [json.loads(text) for text in camera.results.read_text().split("\n") if text]
+    assert len(lines) == 5
+    assert [line["number"] for line in lines] == sorted(line["number"] for line in lines)
 
 
 def test_the_oldest_go_when_there_is_no_room(classifier: Classifier, photographs: Path) -> None:

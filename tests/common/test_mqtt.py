@@ -105,6 +105,35 @@ def test_birth_state_and_subscriptions_come_again_with_each_connect(
     assert [visit.filters for visit in broker.visits] == [["fieldfed/valley/+/result"]] * 2
 
 
+def test_what_is_retained_elsewhere_comes_again_with_each_connect_once(
+    broker: FakeBroker, outbox: Outbox
+) -> None:
+    topic = "homeassistant/device/oak/config"
+    with device(broker, outbox) as oak:
+        oak.retain(topic, b"1")
+        wait_until(lambda: broker.said("config") == [b"1"], 10, "the first")
+        oak.retain(topic, b"2")
+        wait_until(lambda: broker.said("config") == [b"1", b"2"], 10, "the second")
+        broker.cut()
+        wait_until(lambda: len(broker.said("config")) == 3, 10, "the second again")
+        oak.set_state({})
+        wait_until(lambda: broker.said("state"), 10, "the state")
+    assert broker.said("config") == [b"1", b"2", b"2"]
+    assert all(one.retained for one in broker.messages if one.topic == topic)
+
+
+def test_what_may_not_be_retained_elsewhere_does_not_end_the_line(
+    broker: FakeBroker, outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.acknowledge = lambda message: 0x87 if message.topic.startswith("homeassistant") else 0
+    with device(broker, outbox) as oak:
+        oak.retain("homeassistant/device/oak/config", b"1")
+        put(oak, 3)
+        wait_until(lambda: "refuses 'homeassistant/device" in caplog.text, 10, "a complaint")
+        wait_until(lambda: is_empty(outbox), 10, "the outbox being empty")
+    assert len(broker.visits) == 1
+
+
 # --- what waits ------------------------------------------------------------------------------
 
 

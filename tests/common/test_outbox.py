@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,53 @@ def test_threads_put_while_another_removes(path: Path) -> None:
             taken += some
         assert taken == sorted(set(taken))
         assert len(taken) == 180
+
+
+# --- marks -----------------------------------------------------------------------------------
+
+
+def test_a_mark_is_kept_with_its_message_or_neither(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Outbox.open(path) as outbox:
+        assert outbox.marked("lines") is None
+        outbox.put("result", "farm", {"number": 1}, ("lines", 7))
+        with pytest.raises(ProtocolError):
+            outbox.put("result", "farm", {"number": float("nan")}, ("lines", 8))
+        assert outbox.marked("lines") == 7
+        real = common.sqlite.writing
+
+        @contextmanager
+        def full(*arguments: Any, **how: Any) -> Iterator[Any]:
+            with real(*arguments, **how) as run:
+                yield run
+                raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as patch, pytest.raises(StateError):
+            patch.setattr("common.outbox.writing", full)
+            outbox.put("result", "farm", {"number": 2}, ("lines", 9))
+        assert outbox.marked("lines") == 7
+    with Outbox.open(path) as again:
+        assert again.marked("lines") == 7
+        assert numbers(again, "result") == [1]
+
+
+def test_marks_outlive_room_being_made_and_are_no_kind_of_message(path: Path) -> None:
+    with Outbox.open(path, LEAST_BYTES) as outbox:
+        outbox.put("result", "farm", {"number": 0}, ("event", 5))
+        fill(outbox, "telemetry", 500)
+        assert outbox.dropped["telemetry"] > 0
+        assert outbox.dropped["event"] == 0
+    with Outbox.open(path, LEAST_BYTES) as again:
+        assert again.marked("event") == 5
+
+
+def test_of_a_file_that_is_damaged_while_it_is_used_the_marks_are_still_known(path: Path) -> None:
+    with Outbox.open(path) as outbox:
+        outbox.put("result", "farm", {"number": 0}, ("lines", 5))
+        outbox._begin_anew(common.sqlite._Damaged("as a damaged page would say"))
+        assert outbox.marked("lines") == 5
+        assert ids(outbox) == []
 
 
 # --- kills, power cuts, clocks ---------------------------------------------------------------

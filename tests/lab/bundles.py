@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from client.serving import About, Serving
+from client.served import About
+from client.serving import Serving
 from common.manifest import Manifest
 from server.registry import Registry
 

@@ -71,10 +71,10 @@ from pathlib import Path
 from common.config import FarmConfig
 from common.logs import start_logging
 from common.settings import load_settings
-from client.launch import run_supernode
+from client.agent import run_device
 start_logging()
 path = Path({config!r})
-run_supernode(load_settings(FarmConfig, path), path, Path({state!r}))
+run_device(load_settings(FarmConfig, path), path, Path({state!r}))
 """
 
 

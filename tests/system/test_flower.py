@@ -206,11 +206,11 @@ def test_other_machines_are_not_served_without_encryption(tmp_path: Path) -> Non
 
 
 def test_a_farm_does_not_speak_to_other_machines_without_encryption(tmp_path: Path) -> None:
-    from client.launch import run_supernode
+    from client.agent import run_device
 
     farm = {"name": "alpha", "data": "none", "superlink": "example.org:8000"}
     with pytest.raises(ConfigError, match=r"\[farm\] superlink .*TLS comes with enrolment"):
-        run_supernode(FarmConfig.model_validate({"farm": farm}), tmp_path / "farm.toml", tmp_path)
+        run_device(FarmConfig.model_validate({"farm": farm}), tmp_path / "farm.toml", tmp_path)
 
 
 def test_questions_about_runs(plant: Plant, honest: Honest) -> None:
