@@ -4,7 +4,8 @@ Server and farms are started from a working directory in which modules named lik
 wait, so every test here also shows that they are never imported.
 
 Runs use a stand-in: a Flower app whose server sends what a test asks for through FlowerLink, and
-whose farm answers through client.app, with a farm behind it that needs no images.
+whose farm answers through client.app, with a farm behind it that needs no images. A farm runs no
+code that comes with a run, so both are installed beside ours, on the import path of every process.
 """
 
 import json
@@ -52,6 +53,17 @@ raise SystemExit("imported the trap " + __file__)
 app = None
 """
 
+# Python imports this at its start: whoever imports client.farm gets the stand-in.
+INSTALLED = """
+import importlib.abc, importlib.util, pathlib, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "client.farm":
+            file = pathlib.Path(__file__).with_name("standin_farm.py")
+            return importlib.util.spec_from_file_location(name, file)
+sys.meta_path.insert(0, Finder())
+"""
+
 SERVER_PROGRAM = """
 import time; from pathlib import Path
 from common.config import ServerConfig
@@ -88,12 +100,18 @@ def set_traps(folder: Path, mark: Path) -> None:
 
 
 def write_bundle(
-    folder: Path, server: str = "standin_server:app", client: str = "standin_farm:app"
+    folder: Path, server: str = "standin_server:app", client: str = "client.app:app"
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PYPROJECT.format(server=server, client=client))
+    return folder
+
+
+def install_standins(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("standin_server.py", "standin_farm.py"):
         (folder / name).write_text((Path(__file__).parent / name).read_text())
+    (folder / "sitecustomize.py").write_text(INSTALLED)
     return folder
 
 
@@ -125,7 +143,9 @@ class Plant:
         report, settings = self.folder / f"{name}.report.json", self.folder / f"{name}.json"
         values = {"farms": len(self.farms), "steps": list(steps), "report": str(report)}
         settings.write_text(json.dumps(values))
-        submit_run(self.network, settings, bundle)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{self.folder / 'standins'}")
+            submit_run(self.network, settings, bundle)
         return report
 
     def run(
@@ -143,7 +163,7 @@ def program(name: str, text: str, folder: Path) -> Child:
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        "PYTHONPATH": ".",
+        "PYTHONPATH": f".{os.pathsep}{folder / 'standins'}",
     }
     return Child(name, lambda: command, folder / f"{name}.log", env, cwd=folder / "cwd")
 
@@ -153,6 +173,7 @@ def start_plant(folder: Path, farms: Sequence[str], stack: ExitStack) -> Plant:
     children: list[Child] = []
     stack.callback(lambda: stop_all(children, 15))
     set_traps(folder / "cwd", folder / "trapped.txt")
+    install_standins(folder / "standins")
     text = SERVER_PROGRAM.format(port=port, state=str(folder / "server"))
     server = program("server-launcher", text, folder)
     children.append(server)

@@ -1,19 +1,16 @@
-"""A Flower ClientApp for tests: answers through client.app, with a farm that needs no images.
+"""Takes the place of client.farm in tests: a farm that needs no images.
 
 Asked to align with seed 1 it adds a classifier to its reply, with seed 2 it sends a JPEG as its
 update, with seed 99 it is at work for a long time.
 """
 
 import struct
-import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message
-from flwr.clientapp import ClientApp
+from flwr.app import Array, ArrayRecord, RecordDict
 
 import client.app
 from common.config import FarmConfig
@@ -24,13 +21,16 @@ from common.messages import (
     EvaluateRequest,
     HelloReply,
     HelloRequest,
+    Reply,
+    Request,
 )
-from common.wire import from_record
+from common.wire import to_record
 
 JPEG = bytes.fromhex("ffd8ffe000104a4649460001") + bytes(range(256)) * 40
 BLOCKS, BLOCK = 1600, 256
 
-app = ClientApp()
+LEAKY = 1001
+"""Steps of a reply that leaks."""
 
 
 class Farm:
@@ -63,7 +63,7 @@ class Farm:
         return AlignReply(
             loss=1.0,
             dal=0.1,
-            steps=1,
+            steps=LEAKY if request.seed == 1 else 1,
             train_seconds=0.1,
             update=np.frombuffer(update, np.uint8),
             head_importance=np.ones(12, np.float32),
@@ -79,20 +79,13 @@ class Farm:
         return header + np.ones(BLOCKS, "<f4").tobytes() + numbers.tobytes()
 
 
-sys.modules["client.farm"] = types.ModuleType("client.farm")
-sys.modules["client.farm"].Farm = Farm  # type: ignore[attr-defined]
-
-
-@app.query("hello")
-@app.train("align")
-@app.evaluate("report")
-def answer(message: Message, context: Context) -> Message:
-    """Answer as a farm does, or leak."""
-    reply = client.app.answer(message, context)
-    if message.metadata.message_type != "train.align":
-        return reply
-    request = from_record(message.content)
-    if isinstance(request, AlignRequest) and request.seed == 1:
+def leaky(message: Request | Reply) -> RecordDict:
+    """A message as Flower carries it, with more in it than there should be."""
+    record = to_record(message)
+    if isinstance(message, AlignReply) and message.steps == LEAKY:
         leak = Array(np.ones((3, 384), np.float32))
-        reply.content["arrays"] = ArrayRecord({"classifier.weight": leak})
-    return reply
+        record["arrays"] = ArrayRecord({"classifier.weight": leak})
+    return record
+
+
+client.app.to_record = leaky  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""Whatever is called like our modules, in the working directory or in an app, ours is loaded."""
+"""Whatever is called like our modules, in the working directory or in an app, ours is loaded.
+
+A farm goes further: it refuses a run that brings code at all.
+"""
 
 import subprocess
 import sys
@@ -11,23 +14,55 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 
+HOSTILE = """
+from pathlib import Path
+from flwr.clientapp import ClientApp
+Path({mark!r}).open("a").write("hostile " + __file__)
+app = ClientApp()
+"""
 
-def test_an_app_with_modules_named_like_ours_does_not_replace_them(
-    plant: Plant, tmp_path: Path
+
+def hostile(folder: Path, mark: Path) -> Path:
+    """An app as Flower's own examples are made: its code is in the bundle."""
+    bundle = write_bundle(folder, client="hostile:app")
+    (bundle / "hostile.py").write_text(HOSTILE.format(mark=str(mark)))
+    return bundle
+
+
+@pytest.mark.parametrize("kind", ["traps", "hostile", "other"])
+def test_a_run_that_brings_code_or_names_other_code_is_refused(
+    plant: Plant, tmp_path: Path, kind: str
 ) -> None:
-    bundle = write_bundle(tmp_path / "app", client="client.app:app")
-    set_traps(bundle, plant.mark)
-    report = plant.run([{"kind": "hello"}], bundle, "trapped-farm")
+    if kind == "hostile":
+        bundle = hostile(tmp_path / "app", plant.mark)
+    elif kind == "traps":
+        bundle = write_bundle(tmp_path / "app")
+        set_traps(bundle, plant.mark)
+    else:
+        bundle = write_bundle(tmp_path / "app", client="standin_other:app")
+        text = HOSTILE.format(mark=str(plant.mark))
+        (plant.folder / "standins" / "standin_other.py").write_text(text)
+    report = plant.run([{"kind": "hello"}], bundle, f"refused-{kind}")
     assert Path(report["server.app"]) == ROOT / "server" / "app.py"
-    # our farm answers, and it has no images; the trap would have ended the process
-    replies = [item["reply"] for item in report["steps"][0]]
-    assert [reply["kind"] for reply in replies] == ["refusal"] * len(plant.farms)
-    assert {reply["reason"] for reply in replies} == {"data"}
-    assert not plant.mark.exists(), plant.mark.read_text()
+    errors = [item["error"] for item in report["steps"][0]]
+    expected = "it names 'standin_other:app'" if kind == "other" else "it carries '"
+    assert len(errors) == len(plant.farms)
+    assert all(expected in error for error in errors), errors
+    for farm in plant.farms:
+        said = "refused the bundle of a run, and ran nothing of it"
+        wait_until(lambda farm=farm: said in plant.log(farm, "clientapp"), 20, said)
+    marks = plant.mark.read_text() if plant.mark.exists() else ""
+    assert "clientapp" not in marks
+    assert not marks, marks
+
+
+def test_the_same_run_without_code_is_answered(plant: Plant, bundle: Path) -> None:
+    report = plant.run([{"kind": "hello"}], bundle, "plain")
+    assert {item["reply"]["farm"] for item in report["steps"][0]} == set(plant.farms)
 
 
 def test_our_server_app_is_the_one_that_runs(plant: Plant, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "app", server="server.app:app", client="client.app:app")
+    bundle = write_bundle(tmp_path / "app", server="server.app:app")
     set_traps(bundle, plant.mark)
     before = len(plant.log("server", "serverapp"))
     plant.submit([], bundle, "trapped-server")
