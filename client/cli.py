@@ -14,7 +14,7 @@ from client.ledger_cli import ledger_app
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
-from common.errors import QualityError, RefusalError
+from common.errors import LinkError, QualityError, RefusalError
 from common.files import only_one, write_atomically
 from common.settings import load_settings, validate
 
@@ -44,7 +44,9 @@ def init(
     folder: Folder,
     data: Annotated[Path, typer.Option(help="CLASS/*.jpg, or train/CLASS and test/CLASS")],
     name: Annotated[str | None, typer.Option(help="farm name; default: the folder's")] = None,
-    superlink: Annotated[str, typer.Option(help="server address, host:port")] = "127.0.0.1:8000",
+    superlink: Annotated[
+        str | None, typer.Option(help="host:port; default: the door of the network it joins")
+    ] = None,
     per_class: Annotated[int | None, typer.Option(help="few-shot: training images used")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: all")] = 0,
     seed: Annotated[int, typer.Option(help="seed of the few-shot draw")] = 0,
@@ -137,17 +139,54 @@ def request(
     print(f"give {out} to the server's operator, who runs: fieldfed-server certify")
 
 
-@app.command(epilog="Example: fieldfed-client join farms/apple apple.member")
+@app.command(
+    epilog="Examples: fieldfed-client join farms/apple https://farms.example.org:8443 "
+    "K7QF-3M9T-X2HB-R8WC   |   fieldfed-client join farms/apple apple.member"
+)
 def join(
-    folder: Folder, membership: Annotated[Path, typer.Argument(help="what the operator sent")]
+    folder: Folder,
+    given: Annotated[str, typer.Argument(help="the door's address, or the operator's file")],
+    code: Annotated[str | None, typer.Argument(help="that the operator gave; once only")] = None,
 ) -> None:
-    """Become a member of a network with the operator's answer to 'request'."""
+    """Become a member of a network: with a code, or with the operator's answer to 'request'."""
+    from client.door import way_of
+    from client.joining import faults, join_by_code
     from common.membership import Membership
 
-    given = Membership.load(membership)
-    _device(folder).join(given)
-    where = f", models come from {given.hub}" if given.hub else ""
-    print(f"farm {given.farm} is a member of network {given.network}{where}")
+    device = _device(folder)
+    if "://" in given:
+        member = join_by_code(device.identity, device.join, given, code or typer.prompt("code"))
+    else:
+        member = Membership.load(Path(given))
+        device.join(member)
+    where = f", models come from {member.hub}" if member.hub else ""
+    print(f"farm {member.farm} is a member of network {member.network}{where}")
+    way = way_of(device.farm, folder / "state")
+    found = faults(way, member, folder / "state") if way.tls is not None else []
+    for fault in found:
+        print(f"but: {fault}")
+    if found and "://" in given:  # a file is also for a site that has no link yet
+        raise typer.Exit(LinkError.exit_code)
+
+
+@app.command(epilog="Example: fieldfed-client leave farms/apple")
+def leave(folder: Folder) -> None:
+    """Leave the network: its certificate ends, what the farm has on this device stays."""
+    from client.door import way_of
+    from client.joining import leave as leave_network
+
+    device = _device(folder)
+    member, state = device.membership(), folder / "state"
+    fault = leave_network(device.identity, way_of(device.farm, state), state)
+    print(
+        f"farm {member.farm} has left network {member.network}. Images, labels, classifier and the "
+        f"version in use stay in {folder}, and still classify. The network keeps what the farm has "
+        "told it: what its updates taught the shared backbone, its accuracies, how many images and "
+        "classes it had, and that a certificate was given to it"
+    )
+    if fault is not None:
+        print(f"but the network does not know: {fault}; ask the operator for: revoke {member.farm}")
+        raise typer.Exit(LinkError.exit_code)
 
 
 @app.command(epilog="Example: fieldfed-client update farms/apple --follow")

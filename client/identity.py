@@ -10,6 +10,7 @@ A device makes its key, sends a request to the server and takes the certificate 
 The authority is trusted on first use, then pinned: nobody can later put another in its place.
 """
 
+import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,6 +109,23 @@ class FarmIdentity:
             certificate=certificates.pem(certificate),
             ca=certificates.pem(ca),
         )
+
+    def tls(self, now: datetime | None = None) -> ssl.SSLContext:
+        """What a connection to the network's door is made with: both sides are checked.
+
+        Raises:
+            StateError: as :meth:`credentials`.
+        """
+        files = self.credentials(now)
+        context = ssl.create_default_context(cadata=files.ca.decode())
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.folder / _CERTIFICATE, self.folder / _KEY)
+        return context
+
+    def forget(self) -> None:
+        """Remove the certificate, the authority and the key: this device is nobody's any more."""
+        for name in (_CERTIFICATE, _CA, _KEY):
+            (self.folder / name).unlink(missing_ok=True)
 
     def days_left(self, now: datetime | None = None) -> int:
         """Whole days until the certificate expires; negative when it has.

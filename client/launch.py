@@ -8,17 +8,20 @@ a metered link it runs only while the farm is awake (client/shifts.py).
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import client.messenger
+from client.door import way_of
+from client.joining import look_after
 from client.relay import Relay
 from client.shifts import Signs, keep_shifts
 from common.config import FarmConfig
 from common.errors import ConfigError, DiskError
 from common.files import write_atomically
-from common.processes import Child, Supervisor, free_port, require_loopback, rotate
+from common.processes import Child, Supervisor, free_port, rotate
 from common.programs import (
     flower_environment,
     flower_home,
@@ -46,15 +49,18 @@ class Training:
         state_dir: where the farm keeps its state and Flower's files.
 
     Raises:
-        ConfigError: the server is on another machine, or the settings file does not exist.
+        ConfigError: the server is on another machine and the farm has not joined its network, or
+            the settings file does not exist.
     """
 
     def __init__(self, config: FarmConfig, config_path: Path, state_dir: Path) -> None:
-        require_loopback(config.farm.superlink.rpartition(":")[0], "[farm] superlink")
+        self._way = way_of(config.farm, state_dir)
         if not config_path.is_file():
             raise ConfigError(f"no settings at '{config_path}'; create them with the init command")
         self._config, self._config_path, self._state_dir = config, config_path, state_dir
-        self._link = Relay(config.farm.superlink, state_dir, config.farm.seconds_between_polls)
+        polls = config.farm.seconds_between_polls
+        self._link = Relay(self._way.address, state_dir, polls, self._way.tls)
+        self._ended = threading.Event()
         self.children: list[Child] = []
 
     def __enter__(self) -> Self:
@@ -68,6 +74,7 @@ class Training:
 
     def __exit__(self, *error: object) -> None:
         """Close the relay, which keeps what it has counted."""
+        self._ended.set()
         self._link.__exit__(*error)
 
     def run(
@@ -92,7 +99,9 @@ class Training:
             return
         worker, node = self.children = prepared
         supervisor.start(worker)
-        log.info("%s works for the server at %s", farm.name, farm.superlink)
+        log.info("%s works for the server at %s", farm.name, self._way.address)
+        if self._way.tls is not None:
+            look_after(farm, self._state_dir, self._way, self._ended)
         if farm.link == "metered":
             signs = Signs(self._link, worker, node)
             keep_shifts(farm, self._state_dir, supervisor, node, signs, wait, tell)

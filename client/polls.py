@@ -90,7 +90,9 @@ class Polls:
         self._nothing = (self._clock(), head.data + (body or b"")) if nothing else None
 
 
-async def serve(near: Streams, connect: Connect, polls: Polls, count: Count) -> Streams | None:
+async def serve(
+    near: Streams, connect: Connect, polls: Polls, count: Count, stale: float = STALE_SECONDS
+) -> Streams | None:
     """Pass requests on until the SuperNode ends the connection.
 
     Args:
@@ -98,6 +100,7 @@ async def serve(near: Streams, connect: Connect, polls: Polls, count: Count) -> 
         connect: opens a connection to the server.
         polls: shared by the connections of a farm.
         count: told of bytes at the server's side, and whether they go up.
+        stale: seconds after which a silent connection to the server is not relied on.
 
     Returns:
         None at the end, or the server's streams from which on both ways are to be copied as they
@@ -117,7 +120,7 @@ async def serve(near: Streams, connect: Connect, polls: Polls, count: Count) -> 
                 writer.write(known)
                 await writer.drain()
                 continue
-            if far is None or time.monotonic() > used + STALE_SECONDS:
+            if far is None or time.monotonic() > used + stale:
                 _abort(far)
                 far = await connect()
             raw = await _exchange(head, near, far, polls, count)

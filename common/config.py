@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from common.broker import Broker
+from common.door import DoorConfig
 from common.section import Section
 
 Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
@@ -297,6 +298,7 @@ class ServerConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
     hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
+    door: DoorConfig | None = Field(default=None, description="absent: farms of this machine only")
     metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")
     page: PageConfig | None = Field(default=None, description="absent: no operator page")
     broker: Broker | None = Field(default=None, description="absent: devices tell nothing")
@@ -323,7 +325,11 @@ class FarmSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
     data: Path = Field(description="CLASS/*.jpg, or train/CLASS and test/CLASS")
-    superlink: str = Field(default="127.0.0.1:8000", pattern=r"^[^\s:/]+:\d{1,5}$")
+    superlink: str | None = Field(
+        default=None,
+        pattern=r"^[^\s:/]+:\d{1,5}$",
+        description="unset: the door, or port 8000 here",
+    )
     link: Literal["always", "metered"] = Field(
         default="always", description="metered: connected only while awake"
     )

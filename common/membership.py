@@ -14,12 +14,13 @@ MAX_BYTES = 1_000_000
 
 
 class Membership(Document):
-    """A certificate for the farm's own key, the network's authority, its signing keys, its hub."""
+    """A certificate for the farm's own key, the network's authority and signing keys, addresses."""
 
     format: Literal[1] = 1
     network: NetworkName
     farm: FarmName
     hub: Address | None
+    door: Address | None = None
     certificate: str
     authority: str
     keys: str

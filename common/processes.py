@@ -64,8 +64,8 @@ def require_loopback(host: str, setting: str) -> None:
     """
     if not is_loopback(host):
         raise ConfigError(
-            f"{setting} '{host}' is not on this machine, and connections are not encrypted yet "
-            "(TLS comes with enrolment); use 127.0.0.1, or a tunnel that ends there"
+            f"{setting} '{host}' is not on this machine, and connections there are not encrypted; "
+            "use 127.0.0.1. Farms on other machines come in by [door]"
         )
 
 

@@ -16,6 +16,7 @@ from common.config import NetworkConfig, ServerConfig
 from common.errors import StateError
 from common.files import write_atomically
 from common.settings import load_settings, validate
+from server.enrol_cli import enrol_app
 from server.registry_cli import registry_app
 from server.rollout_cli import rollout_app
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
 app.add_typer(masks, name="mask")
+app.add_typer(enrol_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(rollout_app, name="rollout")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
@@ -57,9 +59,14 @@ quorum = 1.0            # share of the farms whose replies make a round complete
 deadline_seconds = 1800
 min_farms = 1           # farms that must be online before a run starts
 
-# [hub]                 # devices get signed models here, over mutual TLS
+# [door]                # farms on other machines come in there, over mutual TLS
 # host = "0.0.0.0"
 # port = 8443
+# names = ["farms.example.org"]   # by which farms reach it; then: fieldfed-server enrol
+
+# [hub]                 # devices get signed models here, over mutual TLS
+# host = "0.0.0.0"
+# port = 8444
 # names = ["farms.example.org"]   # by which devices reach it
 
 # [metrics]             # figures for Prometheus, on this machine

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -27,6 +28,7 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
 from common import hub_pb2, hub_pb2_grpc, logs
+from common.certificates import common_name, parse_certificate
 from common.compress import compressed_piece
 from common.config import HubConfig, ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError
@@ -34,7 +36,9 @@ from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.settings import load_settings
 from server.bodies import bodies_of
-from server.identity import Authority, ServerFiles
+from server.identity import ServerFiles
+from server.issued import Revocations
+from server.members import authority_of, hosts_of
 from server.offers import Offers
 from server.registry import Registry
 
@@ -42,6 +46,8 @@ log = logging.getLogger("server.hub")  # also where this module is the program
 
 CHUNK_BYTES = PIECE_BYTES
 STALL_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+"""Between two looks at whether a farm that waits for news is revoked."""
 MOST_WANTS = 20_000
 SERVICE: str = hub_pb2.DESCRIPTOR.services_by_name["Hub"].full_name
 OPTIONS = (
@@ -101,15 +107,17 @@ class Streams:
 class HubService(hub_pb2_grpc.HubServicer):
     """The calls of common/hub.proto."""
 
-    def __init__(self, config: HubConfig, offers: Offers, folders: Sequence[Objects]) -> None:
-        self._offers, self._folders = offers, folders
+    def __init__(
+        self, config: HubConfig, offers: Offers, folders: Sequence[Objects], revoked: Revocations
+    ) -> None:
+        self._offers, self._folders, self._revoked = offers, folders, revoked
         self._streams = Streams(config)
         self._readers = ThreadPoolExecutor(4, "objects")
 
     async def Latest(  # noqa: N802, D102
         self, request: hub_pb2.ChannelRequest, context: Context
     ) -> hub_pb2.Offer:
-        offer = self._offers.of(request.channel, _farm(context))
+        offer = self._offers.of(request.channel, await self._farm(context))
         if offer is None:
             await _refuse(context, grpc.StatusCode.NOT_FOUND, self._offers.unknown(request.channel))
         return offer.message
@@ -120,7 +128,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         seen = request.counter
         while True:
             changed = self._offers.changed()
-            offer = self._offers.of(request.channel, _farm(context))
+            offer = self._offers.of(request.channel, await self._farm(context))
             if offer is None:
                 await _refuse(
                     context, grpc.StatusCode.NOT_FOUND, self._offers.unknown(request.channel)
@@ -128,12 +136,13 @@ class HubService(hub_pb2_grpc.HubServicer):
             if offer.counter > seen:
                 seen = offer.counter
                 yield offer.message
-            await changed.wait()
+            while not await _within(changed, LOOK_SECONDS):
+                await self._farm(context)
 
     async def Fetch(  # noqa: N802, D102
         self, request: hub_pb2.FetchRequest, context: Context
     ) -> None:
-        farm = _farm(context)
+        farm = await self._farm(context)
         if len(request.wants) > MOST_WANTS:
             await _refuse(
                 context,
@@ -143,18 +152,18 @@ class HubService(hub_pb2_grpc.HubServicer):
         try:
             with self._streams.of(farm):
                 for want in request.wants:
-                    await self._send(want, farm, request.compress, context)
+                    await self._send(want, request.compress, context)
         except BlockingIOError as error:
             await _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
-    async def _send(self, want: hub_pb2.Want, farm: str, compress: bool, context: Context) -> None:
+    async def _send(self, want: hub_pb2.Want, compress: bool, context: Context) -> None:
         objects, size = await self._find(want, context)
         offset, loop = want.offset, asyncio.get_running_loop()
         while offset < size:
             piece, frame = await loop.run_in_executor(
                 self._readers, _read, objects, want.digest, offset, compress
             )
-            await self._streams.pace(farm, len(frame or piece))
+            await self._streams.pace(await self._farm(context), len(frame or piece))
             chunk = hub_pb2.Chunk(
                 digest=want.digest, offset=offset, data=frame or piece, zstandard=frame is not None
             )
@@ -200,8 +209,19 @@ class HubService(hub_pb2_grpc.HubServicer):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{where}: {first['msg']}")
-        await self._offers.record(_farm(context), report)
+        await self._offers.record(await self._farm(context), report)
         return hub_pb2.Received()
+
+    async def _farm(self, context: Context) -> str:
+        """Name in the certificate that the caller has shown; TLS has checked all but one thing."""
+        farm, serial = _shown(context.auth_context()["x509_pem_cert"][0])
+        if self._revoked.holds(serial):
+            await _refuse(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"the certificate of farm {farm} is revoked; ask the operator",
+            )
+        return farm
 
 
 def _read(objects: Objects, digest: str, offset: int, compress: bool) -> tuple[bytes, bytes | None]:
@@ -214,10 +234,20 @@ async def _refuse(context: Context, code: grpc.StatusCode, why: str) -> NoReturn
     raise AssertionError("a call that was aborted goes on")
 
 
-def _farm(context: Context) -> str:
-    """Name in the certificate that the caller has shown; TLS has checked it."""
-    names = context.auth_context().get("x509_common_name", [])
-    return names[0].decode() if names else "?"
+@lru_cache(maxsize=4096)
+def _shown(certificate: bytes) -> tuple[str, int]:
+    """Whose certificate it is, and its number."""
+    parsed = parse_certificate(certificate, "the certificate")
+    return common_name(parsed.subject), parsed.serial_number
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether something happens in time."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def serve_hub(
@@ -243,7 +273,8 @@ async def serve_hub(
     server = grpc.aio.server(options=OPTIONS)
     async with Offers.watching(state_dir) as offers:
         folders = Objects(state_dir / "registry" / "objects"), bodies_of(state_dir)
-        service = HubService(config, offers, folders)
+        revoked = Revocations(state_dir / "identity" / "issued.jsonl")
+        service = HubService(config, offers, folders, revoked)
         hub_pb2_grpc.add_HubServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         alive = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(alive, server)
@@ -281,11 +312,8 @@ async def _main(folder: Path) -> None:
     if config is None:
         raise ConfigError(f"'{folder / 'server.toml'}' has no [hub]; give it a port there")
     Registry.create(folder, name).close()
-    identity = folder / "identity"
-    if not identity.exists():
-        Authority.create(identity, name, [config.host, *config.names])
-    authority = Authority.open(identity)
-    authority.renew_server([config.host, *config.names])
+    authority = authority_of(settings, folder)
+    authority.renew_server(hosts_of(settings))
     until = asyncio.Event()
     for stop in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(stop, until.set)

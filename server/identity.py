@@ -6,20 +6,21 @@
         ca.crt          its certificate; farms keep a copy and trust nothing else
         server.key      the server's private key
         server.crt      its certificate: the hosts that it may be reached as
+        revoked.crl     which certificates count no longer, for programs that are not ours (a
+                        broker); ours ask server/issued.py
 
 The files are made in this order, each whole or not at all, so a crash leaves the first few of
 them; ``create`` then makes the others. Any other gap means that files were lost.
 """
 
-import contextlib
-import ipaddress
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common import certificates
@@ -27,7 +28,9 @@ from common.certificates import Issuer, PrivateKey, PublicKey, Validity
 from common.errors import ConfigError, ProtocolError, StateError
 from common.files import append, only_one, write_atomically
 from common.topics import RESERVED, SERVER
-from server.issued import Issued, issued_in, record, seen_in
+from server import issued as lists
+from server.hosts import names_in, names_of
+from server.issued import Issued, issued_in, record, revoked_in, seen_in
 
 CA_LIFE, SERVER_LIFE, FARM_DAYS = timedelta(days=3652), timedelta(days=731), 397
 RENEW_BEFORE = timedelta(days=30)
@@ -38,6 +41,7 @@ EARLIER = timedelta(days=1)
 
 _ISSUED, _CA_KEY, _CA = "issued.jsonl", "ca.key", "ca.crt"
 _SERVER_KEY, _SERVER = "server.key", "server.crt"
+_CRL = "revoked.crl"
 _AUTHORITY_FILES = (_ISSUED, _CA_KEY, _CA)
 _FILES = (*_AUTHORITY_FILES, _SERVER_KEY, _SERVER)
 _TITLE = " certificate authority"
@@ -46,10 +50,6 @@ _RESTORE = f"restore the folder from a backup, or {_ANEW}"
 _REMAKE = f"remove {_SERVER_KEY} and {_SERVER} and create again: both are made anew"
 
 _RECERTIFY = "make both anew with: fieldfed-server certify-broker"
-
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-# the last label has a letter: 10.0.0.300 is a mistyped address and no name
-_DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(?:{_LABEL}\.)*(?=[^.]*[A-Za-z][^.]*$){_LABEL}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Authority:
         """
         if not certificates.is_name(network):
             raise ConfigError(f"network {network!r}: a name has 1-40 letters, digits, '_' or '-'")
-        names, now = _names(hosts), now or datetime.now(UTC)
+        names, now = names_of(hosts), now or datetime.now(UTC)
         _require_nothing_lost(folder)
         append(folder / _ISSUED, b"")  # makes the folder, or says why it cannot
         with only_one(folder / _ISSUED):
@@ -135,7 +135,7 @@ class Authority:
         """
         if not 1 <= days <= CA_LIFE.days:
             raise ConfigError(f"a certificate for {days} days: choose 1 to {CA_LIFE.days}")
-        farm, key = _asked(request_pem)
+        farm, key = asked_by(request_pem)
         _require_nothing_lost(self.folder)
         now = (now or datetime.now(UTC)).replace(microsecond=0)
         validity = self._validity(now, timedelta(days=days))
@@ -154,6 +154,32 @@ class Authority:
     def issued(self) -> tuple[Issued, ...]:
         """The certificates that farms were given, oldest first; StateError for a damaged list."""
         return issued_in(self.folder / _ISSUED)
+
+    def revoke(self, farm: str, now: datetime | None = None) -> int:
+        """Take back every certificate of a farm, and say so in the list for other programs.
+
+        Returns how many counted until now; errors as :func:`server.issued.revoke`.
+        """
+        now = now or datetime.now(UTC)
+        count = lists.revoke(self.folder / _ISSUED, farm, now)
+        self.write_revoked(now)
+        return count
+
+    def write_revoked(self, now: datetime | None = None) -> None:
+        """Write the signed list of what counts no longer (a CRL); it lasts as the authority does.
+
+        Raises:
+            StateError: the list of certificates is damaged.
+            DiskError: the disk is full or the folder cannot be written.
+        """
+        now, ca = (now or datetime.now(UTC)).replace(microsecond=0), self._issuer.certificate
+        builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject)
+        builder = builder.last_update(now - EARLIER).next_update(ca.not_valid_after_utc)
+        for one in revoked_in(self.folder / _ISSUED):
+            entry = x509.RevokedCertificateBuilder().serial_number(int(one.serial, 16))
+            builder = builder.add_revoked_certificate(entry.revocation_date(one.revoked).build())
+        crl = builder.sign(self._issuer.key, hashes.SHA256())
+        write_atomically(self.folder / _CRL, crl.public_bytes(Encoding.PEM))
 
     def server_credentials(self, now: datetime | None = None) -> ServerFiles:
         """What the server shows to farms.
@@ -186,12 +212,12 @@ class Authority:
             StateError: a file is missing or damaged, or the authority has expired.
             DiskError: the disk is full or the folder cannot be written.
         """
-        names, now = _names(hosts), now or datetime.now(UTC)
+        names, now = names_of(hosts), now or datetime.now(UTC)
         certificate = self._server()[1]
         end = certificate.not_valid_after_utc
         # a certificate that ends with its authority cannot be made to last longer
         due = end - now < RENEW_BEFORE and end < self._issuer.certificate.not_valid_after_utc
-        if set(_names_in(certificate)) == set(names) and not due:
+        if set(names_in(certificate)) == set(names) and not due:
             return False
         self._certify_server(names, now)
         return True
@@ -209,7 +235,7 @@ class Authority:
             StateError: the authority has expired.
             DiskError: the disk is full or the folder cannot be written.
         """
-        names, now = _names(hosts), now or datetime.now(UTC)
+        names, now = names_of(hosts), now or datetime.now(UTC)
         validity = self._validity(now, SERVER_LIFE)
         for name, subject, usage, reached in (
             ("broker", f"{self.network} broker", ExtendedKeyUsageOID.SERVER_AUTH, names),
@@ -329,32 +355,12 @@ def _require_nothing_lost(folder: Path) -> None:
 # --- what is asked for ---------------------------------------------------------------------
 
 
-def _names(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """The hosts and this machine itself, each once."""
-    return list(dict.fromkeys(_name(host) for host in ("localhost", "127.0.0.1", *hosts)))
+def asked_by(request_pem: bytes) -> tuple[str, PublicKey]:
+    """The farm and the key of a request, which whoever has the key has signed.
 
-
-def _name(host: str) -> x509.GeneralName:
-    with contextlib.suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(host))
-    if not _DNS_NAME.fullmatch(host):
-        raise ConfigError(
-            f"host {host!r} is neither a DNS name nor an IP address; write it without scheme, port "
-            "or path"
-        )
-    return x509.DNSName(host.lower())
-
-
-def _names_in(certificate: x509.Certificate) -> list[x509.GeneralName]:
-    try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return []
-    return list(found.value)
-
-
-def _asked(request_pem: bytes) -> tuple[str, PublicKey]:
-    """The farm and the key of a request, which whoever has the key has signed."""
+    Raises:
+        ProtocolError: it is malformed, or not signed by its own key.
+    """
     limit = certificates.MAX_PEM_BYTES
     if len(request_pem) > limit:
         raise ProtocolError(f"the request has {len(request_pem)} bytes; {limit} are allowed")

@@ -22,6 +22,7 @@ from common.trainable import TrainableSet, trainable_set
 from server.close import Base, Work
 from server.collect import Accept, Verdict
 from server.models import Models
+from server.nodes import certified_farm
 from server.requests import Requests
 from server.spool import Spool
 from server.store import Store
@@ -99,6 +100,11 @@ class Intake:
     def _welcome(self, node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
         if not isinstance(reply, HelloReply):
             return self._unexpected(0, node, reply)
+        shown = certified_farm(self._models.state_dir, node)
+        if shown not in (None, reply.farm):
+            detail = f"farm {shown}, by its certificate, says that it is {reply.farm}"
+            self.quarantine(0, node, RejectReason.PROTOCOL, detail)
+            return Verdict.REJECTED
         # a node gets another number when it starts again
         self.farms.pop(self._nodes.get(reply.farm, node), None)
         self.farms[node], self._nodes[reply.farm] = reply.farm, node

@@ -1,20 +1,28 @@
-"""Which certificates farms were given: a file of lines that only grows.
+"""Which certificates farms were given, and which of them count no longer: lines that only grow.
 
-issued.jsonl   one JSON object a line, on disk before the certificate is given out
+issued.jsonl   one JSON object a line, on disk before the certificate is given out; a line with
+               ``revoked`` takes one back
+
+Whoever lets farms in asks :class:`Revocations` at every request: a farm that is revoked is out at
+once, without a restart. A list that cannot be read lets nobody in.
 """
 
 import contextlib
 import fcntl
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from common import certificates
-from common.errors import DiskError, ProtocolError, StateError
+from common.errors import ConfigError, DiskError, ProtocolError, StateError
 from common.files import append
+
+log = logging.getLogger(__name__)
 
 
 class Issued(BaseModel):
@@ -29,25 +37,92 @@ class Issued(BaseModel):
     expires: AwareDatetime
 
 
+class Revoked(BaseModel):
+    """A certificate that counts no longer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    farm: str
+    serial: str
+    revoked: AwareDatetime
+
+
+Line: TypeAlias = Issued | Revoked
+_LINE: TypeAdapter[Line] = TypeAdapter(Line)
+
+
 def issued_in(path: Path) -> tuple[Issued, ...]:
-    """The list, oldest first.
+    """The certificates that were given, oldest first.
 
     Raises:
         StateError: a line is damaged; names it.
         DiskError: the file cannot be used.
     """
     with _locked(path) as file:
-        return _parse(path, file.read())[0]
+        return _given(_parse(path, file.read())[0])
 
 
 def seen_in(path: Path) -> tuple[Issued, ...]:
-    """The same without waiting for whoever writes, for a reader that may not write.
+    """Those that still count, without waiting for whoever writes: for one who may not write.
 
     Raises:
         StateError: a line is damaged; names it.
         OSError: the file cannot be read.
     """
-    return _parse(path, path.read_bytes())[0]
+    lines = _parse(path, path.read_bytes())[0]
+    gone = {one.serial for one in _taken_back(lines)}
+    return tuple(one for one in _given(lines) if one.serial not in gone)
+
+
+def revoked_in(path: Path) -> tuple[Revoked, ...]:
+    """The certificates that count no longer; StateError and OSError as :func:`seen_in`."""
+    return _taken_back(_parse(path, path.read_bytes())[0])
+
+
+def revoke(path: Path, farm: str, now: datetime) -> int:
+    """Take back every certificate of a farm; returns how many counted until now.
+
+    Raises:
+        ConfigError: the farm was never given one.
+        StateError: the list is damaged.
+        DiskError: the file cannot be used, or the disk is full.
+    """
+    with _locked(path) as file:
+        lines, end = _parse(path, file.read())
+        given = [one for one in _given(lines) if one.farm == farm]
+        if not given:
+            raise ConfigError(f"farm '{farm}' was never given a certificate; check its name")
+        gone = {one.serial for one in _taken_back(lines)}
+        now = now.replace(microsecond=0)
+        new = [Revoked(farm=farm, serial=one.serial, revoked=now) for one in given]
+        new = [one for one in new if one.serial not in gone]
+        file.truncate(end)
+        append(path, b"".join(one.model_dump_json().encode() + b"\n" for one in new))
+        os.fsync(file.fileno())
+        return len(new)
+
+
+class Revocations:
+    """Which certificates count no longer; the list is read again when it has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state: tuple[int, int, int] | None = None
+        self._serials: frozenset[str] | None = None
+
+    def holds(self, serial: int) -> bool:
+        """Whether a certificate counts no longer; True of all when the list cannot be read."""
+        try:
+            found = self._path.stat()
+            state = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if state != self._state:
+                self._serials = frozenset(one.serial for one in revoked_in(self._path))
+                self._state = state
+        except (OSError, StateError) as error:
+            if self._serials is not None or self._state is None:
+                log.error("nobody is let in: the list of certificates cannot be read: %s", error)
+            self._serials, self._state = None, (0, 0, 0)
+        return self._serials is None or f"{serial:x}" in self._serials
 
 
 def record(path: Path, issued: Issued) -> None:
@@ -60,7 +135,7 @@ def record(path: Path, issued: Issued) -> None:
     """
     with _locked(path) as file:
         known, end = _parse(path, file.read())
-        for other in known:
+        for other in _given(known):
             if other.key == issued.key and other.farm != issued.farm:
                 raise ProtocolError(
                     f"the key of farm '{issued.farm}' was already given to farm '{other.farm}' "
@@ -85,13 +160,21 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
         raise DiskError(f"cannot use '{path}': {why}; let this user read and write it") from error
 
 
-def _parse(path: Path, data: bytes) -> tuple[tuple[Issued, ...], int]:
+def _given(lines: Sequence[Line]) -> tuple[Issued, ...]:
+    return tuple(one for one in lines if isinstance(one, Issued))
+
+
+def _taken_back(lines: Sequence[Line]) -> tuple[Revoked, ...]:
+    return tuple(one for one in lines if isinstance(one, Revoked))
+
+
+def _parse(path: Path, data: bytes) -> tuple[tuple[Line, ...], int]:
     """The list and where it ends; nobody was given what a line that a crash cut off speaks of."""
     end = data.rfind(b"\n") + 1
     found = []
     for number, line in enumerate(data[:end].splitlines(), 1):
         try:
-            found.append(Issued.model_validate_json(line))
+            found.append(_LINE.validate_json(line))
         except ValidationError as error:
             raise StateError(
                 f"line {number} of '{path}' is damaged; restore the file from a backup, or remove "

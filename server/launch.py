@@ -2,6 +2,7 @@
 
     SuperLink   one port on 127.0.0.1: farms fetch work from it, commands start runs on it
     SuperExec   asks the SuperLink for runs and starts our ServerApp (server/app.py) for each
+    door        lets farms on other machines in (server/door.py), where one is configured
     hub         hands signed models to devices (server/hub.py), where one is configured
     metrics     shows figures to Prometheus (server/metrics.py), where they are configured
     bridge      hears and tells devices over MQTT (server/bridge.py), where a broker is configured
@@ -45,6 +46,7 @@ from common.programs import (
     programs_of,
     write_program,
 )
+from server.members import authority_of
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +135,8 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     require_free_port(network.host, network.port, "[server] port")
     secret = _prepare(network)
     env = flower_environment(network.state_dir)
+    if config.door is not None or config.hub is not None:
+        authority_of(config, network.state_dir)  # here, so that the two do not both create it
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
     services = list(_services(network, config))
     with terminate_like_interrupt(), Supervisor() as supervisor:
@@ -196,9 +200,10 @@ def _superexec(network: Network, secret: Path, env: dict[str, str]) -> Child:
 
 def _services(network: Network, config: ServerConfig) -> Iterator[Child]:
     """Our own programs beside Flower, as far as they are configured; each is ``server.NAME``."""
-    if config.hub is not None:
-        require_free_port(config.hub.host, config.hub.port, "[hub] port")
-        yield _service(network, "hub")
+    for name, open_ in (("door", config.door), ("hub", config.hub)):
+        if open_ is not None:
+            require_free_port(open_.host, open_.port, f"[{name}] port")
+            yield _service(network, name)
     for name, shown in (("metrics", config.metrics), ("page", config.page)):
         if shown is not None:
             require_loopback(shown.host, f"[{name}] host")

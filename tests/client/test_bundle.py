@@ -77,12 +77,13 @@ def test_nothing_is_unpacked_before_it_is_looked_at(
         return tmp_path
 
     (tmp_path / "pyproject.toml").write_text(OURS)
-    assert guarded(install)(bundle(), skip_prompt=True) == tmp_path
+    plain = bundle()
+    assert guarded(install)(plain, skip_prompt=True) == tmp_path
     caplog.set_level(logging.ERROR)
     with pytest.raises(ProtocolError):
         guarded(install)(bundle(evil_py=""), skip_prompt=True)
-    assert unpacked == [bundle()]
+    assert unpacked == [plain]
     assert "ran nothing of it" in caplog.text
     (tmp_path / "left.py").touch()  # by a release that unpacked whatever came
     with pytest.raises(ProtocolError, match=r"left\.py"):
-        guarded(install)(bundle(), skip_prompt=True)
+        guarded(install)(plain, skip_prompt=True)

@@ -88,7 +88,7 @@ def test_this_machine(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "farm.example", "", "::"])
 def test_other_machines_are_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"\[server\] host .*TLS comes with enrolment"):
+    with pytest.raises(ConfigError, match=r"\[server\] host .*not encrypted"):
         require_loopback(host, "[server] host")
 
 

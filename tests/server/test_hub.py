@@ -432,3 +432,23 @@ def test_the_generated_files_are_those_of_the_proto(tmp_path: Path) -> None:
     for name in ("hub_pb2.py", "hub_pb2.pyi", "hub_pb2_grpc.py"):
         made = (tmp_path / "common" / name).read_text()
         assert made == (ROOT / "common" / name).read_text(), f"common/{name} is not of hub.proto"
+
+
+# --- who is revoked --------------------------------------------------------------------------
+
+
+def test_a_revoked_farm_gets_nothing_more_not_even_what_it_waits_for(
+    hub: LabHub, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+    with hub.client("apple") as apple, hub.client("rice") as rice:
+        news = apple.watch(STABLE)
+        next(news)
+        assert hub.authority.revoke("apple") >= 1
+        with pytest.raises(LinkError, match=r"permission denied: .*farm apple is revoked"):
+            next(news)
+        with pytest.raises(LinkError, match="is revoked"):
+            apple.latest(STABLE)
+        with pytest.raises(LinkError, match="is revoked"):
+            apple.fetch({"a" * 64: 100}, Objects(hub.folder / "device"))
+        rice.latest(STABLE)

@@ -36,6 +36,7 @@ from common.errors import ConfigError, DiskError, ProtocolError, StateError
 from common.files import lock, write_atomically
 from server.cli import app
 from server.identity import Authority, ServerFiles, expiries
+from server.issued import Revocations
 
 grpc: Any = importlib.import_module("grpc")  # it has no types
 
@@ -778,3 +779,69 @@ def test_a_farm_cannot_pose_as_the_server(tmp_path: Path) -> None:
     false = ServerFiles(localhost.key, localhost.certificate, localhost.ca)
     with listening(false) as port:
         assert refused(f"localhost:{port}", rice.ca, rice.key, rice.certificate)
+
+
+# --- certificates that are taken back --------------------------------------------------------
+
+
+def test_a_farms_certificates_are_taken_back_and_the_others_stay(
+    authority: Authority, folder: Path
+) -> None:
+    apple = [serial_of(authority, "apple") for _ in range(2)]
+    rice = serial_of(authority, "rice")
+    revoked = Revocations(folder / "issued.jsonl")
+    assert not any(revoked.holds(serial) for serial in (*apple, rice))
+    assert authority.revoke("apple") == 2
+    assert all(revoked.holds(serial) for serial in apple)
+    assert not revoked.holds(rice)
+    assert authority.revoke("apple") == 0
+    later = serial_of(authority, "apple")
+    assert not revoked.holds(later), "a farm may come back with a new key"
+    assert {one.farm for one in authority.issued()} == {"apple", "rice"}
+    with pytest.raises(ConfigError, match="never given a certificate"):
+        authority.revoke("nobody")
+
+
+def test_the_list_for_other_programs_is_signed_and_names_them(
+    authority: Authority, folder: Path
+) -> None:
+    apple, rice = serial_of(authority, "apple"), serial_of(authority, "rice")
+    authority.write_revoked()
+    assert len(read_crl(folder)) == 0
+    authority.revoke("apple")
+    crl, ca = read_crl(folder), x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    key = ca.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert crl.is_signature_valid(key)
+    assert crl.get_revoked_certificate_by_serial_number(apple) is not None
+    assert crl.get_revoked_certificate_by_serial_number(rice) is None
+    assert crl.next_update_utc == ca.not_valid_after_utc
+
+
+@pytest.mark.parametrize("damage", ["damaged", "lost"])
+def test_a_list_that_cannot_be_read_lets_nobody_in(
+    authority: Authority, folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    serial, path = serial_of(authority, "apple"), folder / "issued.jsonl"
+    revoked = Revocations(path)
+    assert not revoked.holds(serial)
+    kept = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(kept + b"?\n")
+    assert revoked.holds(serial)
+    assert revoked.holds(serial)
+    assert caplog.text.count("nobody is let in") == 1
+    path.write_bytes(kept)
+    assert not revoked.holds(serial)
+
+
+def serial_of(authority: Authority, farm: str) -> int:
+    folder = authority.folder.parent / farm
+    identity = FarmIdentity.create(folder, farm)
+    return x509.load_pem_x509_certificate(authority.sign(identity.request())).serial_number
+
+
+def read_crl(folder: Path) -> x509.CertificateRevocationList:
+    return x509.load_pem_x509_crl((folder / "revoked.crl").read_bytes())

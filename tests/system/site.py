@@ -121,7 +121,7 @@ def open_site(
     port, server = free_port(), root / "server"
     source = draw_folder(root / "photos" / "source", 3, 16, 7)
     server.mkdir(parents=True)
-    (server / "server.toml").write_text(_settings(port, source, settings or {}))
+    (server / "server.toml").write_text(site_settings(port, source, settings or {}))
     call("fieldfed-server", "pretrain", str(server))
     with ExitStack() as stack:
         children: list[Child] = []
@@ -147,7 +147,7 @@ def init_farm(root: Path, name: str, number: int, link: Proxy | SlowLink) -> str
     return folder
 
 
-def _settings(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
+def site_settings(port: int, source: Path, changes: Mapping[str, Mapping[str, object]]) -> str:
     own: dict[str, dict[str, object]] = {
         "server": {"port": port},
         "backbone": {"source": str(source)},
