@@ -14,9 +14,9 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OUTSIDE = {"443:443", "8443:8443", "8883:8883"}
-OTHERS = {"mosquitto", "grafana", "secrets", "images"}
-"""Folders beside the file that are an operator's, or are described on pages of their own."""
+OUTSIDE = {"8443:8443", "8444:8444", "8883:8883"}
+OTHERS = {"secrets", "images"}
+"""Folders beside the file that are an operator's."""
 
 each = pytest.mark.parametrize("name", SERVICES)
 
@@ -57,8 +57,8 @@ def test_only_what_farms_need_is_open() -> None:
     assert all("ports" not in SERVICES[name] for name in inside)
 
 
-def test_farms_and_the_front_are_started_only_when_asked_for() -> None:
-    assert {name for name, one in SERVICES.items() if one.get("profiles")} == {"client", "front"}
+def test_a_farm_is_started_only_when_asked_for() -> None:
+    assert {name for name, one in SERVICES.items() if one.get("profiles")} == {"client"}
 
 
 def test_what_is_written_lies_in_volumes_and_no_secret_in_the_file() -> None:

@@ -21,8 +21,21 @@ OURS: dict[str, click.Command] = {
     "fieldfed-client": get_command(client_app),
 }
 OTHERS = {
-    *("apt-get", "cd", "chown", "cp", "docker", "echo", "editor", "install", "journalctl", "mv"),
+    *(
+        "apt-get",
+        "cd",
+        "chown",
+        "cp",
+        "docker",
+        "echo",
+        "editor",
+        "install",
+        "journalctl",
+        "mkdir",
+        "mv",
+    ),
     *("nginx", "pip", "prometheus", "python3", "python3.11", "reboot", "rpicam-still", "sha256sum"),
+    *("mosquitto", "mosquitto_passwd", "sed"),
     *("systemctl", "systemd-sysusers", "tar", "tee", "timedatectl", "trtexec"),
 }
 MADE_LATER = {"deploy/secrets/grafana"}
@@ -34,12 +47,12 @@ each = pytest.mark.parametrize("name", PAGES)
 def commands(text: str) -> Iterator[list[str]]:
     """Each command of the blocks for a shell, without what asks for rights."""
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             for piece in line.split(" | "):
                 words = shlex.split(piece, comments=True)
                 if words[:1] == ["sudo"]:
                     words = words[3:] if words[1] == "-u" else words[1:]
-                if words:
+                if words and not re.match(r"\w+=", words[0]):
                     yield words
 
 

@@ -109,6 +109,7 @@ def open_site(
     choose: Choose = unharmed,
     settings: Mapping[str, Mapping[str, object]] | None = None,
     names: Sequence[str] = FARMS,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[Site]:
     """Pre-train, start the server and its farms; everything ends with the context.
 
@@ -117,6 +118,7 @@ def open_site(
         choose: the fate of what passes between the farms and the server.
         settings: of the server, over those of above.
         names: of the farms that are started.
+        more: what stands in a farm's settings besides, by its name.
     """
     port, server = free_port(), root / "server"
     source = draw_folder(root / "photos" / "source", 3, 16, 7)
@@ -133,6 +135,8 @@ def open_site(
         proxy = stack.enter_context(Proxy("127.0.0.1", port, choose))
         for number, name in enumerate(names):
             folder = init_farm(root, name, number, proxy)
+            with (Path(folder) / "farm.toml").open("a") as file:
+                file.write((more or {}).get(name, ""))
             children.append(start(name, command("fieldfed-client", "run", folder), root))
         yield Site(root, up, children[1:], proxy, children)
 

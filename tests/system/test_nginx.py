@@ -144,7 +144,7 @@ class Front:
 
 
 @contextmanager
-def front(folder: Path, superlink: int, join: int, *, open_to_all: bool = False) -> Iterator[Front]:
+def front(folder: Path, superlink: int, *, open_to_all: bool = False) -> Iterator[Front]:
     """The configuration as it is, but for ports, files and, where wanted, who is a stranger."""
     authority = Authority.create(folder / "identity", "valley", [LOCAL, NAME])
     farm = FarmIdentity.create(folder / "farm", "apple")
@@ -154,7 +154,6 @@ def front(folder: Path, superlink: int, join: int, *, open_to_all: bool = False)
         "listen 443 ssl;": f"listen {LOCAL}:{port} ssl;",
         "listen [::]:443 ssl;": "",
         f"server {LOCAL}:8000;": f"server {LOCAL}:{superlink};",
-        f"server {LOCAL}:9470;": f"server {LOCAL}:{join};",
         "/etc/fieldfed/front.crt": f"{folder}/identity/server.crt",
         "/etc/fieldfed/front.key": f"{folder}/identity/server.key",
         "/etc/fieldfed/ca.crt": f"{folder}/identity/ca.crt",
@@ -180,25 +179,23 @@ def front(folder: Path, superlink: int, join: int, *, open_to_all: bool = False)
 
 @dataclass
 class Place:
-    """nginx between a farm and two servers that remember."""
+    """nginx between a farm and a server that remembers."""
 
     front: Front
     superlink: Upstream
-    join: Upstream
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with ExitStack() as stack:
-        superlink, join = stack.enter_context(upstream()), stack.enter_context(upstream())
+        superlink = stack.enter_context(upstream())
         folder = tmp_path_factory.mktemp("front")
-        yield Place(stack.enter_context(front(folder, superlink.port, join.port)), superlink, join)
+        yield Place(stack.enter_context(front(folder, superlink.port)), superlink)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_from_before(place: Place) -> None:
     place.superlink.take()
-    place.join.take()
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +221,6 @@ def test_every_route_of_the_fleet_passes_and_no_other(
     assert sorted(place.superlink.take()) == sorted(fleet)
     assert {one: place.front.ask(*one) for one in others} == dict.fromkeys(others, 404)
     assert place.superlink.take() == []
-    assert place.join.take() == []
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"])
@@ -254,29 +250,19 @@ def test_only_post_passes(place: Place, method: str) -> None:
         "/v1/fleet/",
         "/v1/fleet\\..\\control/start-run",
         "http://other.example/v1/control/start-run",
-        "/join/",
-        "/join/../v1/control/start-run",
+        "/v1/join",
+        "/v1/join/../v1/control/start-run",
         "/",
     ],
 )
 def test_tricks_do_not_pass(place: Place, path: str) -> None:
     assert place.front.ask("POST", path) in {400, 404}
     assert place.superlink.take() == []
-    assert place.join.take() == []
 
 
-def test_a_stranger_may_ask_to_join_and_no_more(place: Place) -> None:
+def test_a_stranger_is_refused(place: Place) -> None:
     assert place.front.ask("POST", FLEET, member=False) == 403
     assert place.superlink.take() == []
-    assert place.front.ask("POST", "/join", b"please", member=False) == 200
-    assert place.join.take() == [("POST", "/join")]
-    assert place.superlink.take() == []
-
-
-def test_those_who_ask_to_join_too_often_are_told_to_wait(place: Place) -> None:
-    answers = [place.front.ask("POST", "/join", b"please", member=False) for _ in range(20)]
-    assert answers[-1] == 429
-    assert len(place.join.take()) < 15
 
 
 def test_flowers_largest_chunk_passes_and_a_larger_body_does_not(place: Place) -> None:
@@ -374,7 +360,7 @@ def test_a_supernode_works_through_it_where_superlink_asks_for_keys(tmp_path: Pa
     config = ServerConfig.model_validate({"server": {"port": port}})
     with (
         serve(config, tmp_path / "server"),
-        front(tmp_path, port, free_port(), open_to_all=True) as door,
+        front(tmp_path, port, open_to_all=True) as door,
     ):
         authority = ["--root-certificates", str(tmp_path / "identity" / "ca.crt")]
         works(tmp_path, "--superlink", f"{LOCAL}:{door.port}", *authority)
@@ -386,7 +372,7 @@ def test_a_supernode_works_through_the_tunnel_of_the_guide(tmp_path: Path) -> No
     config = ServerConfig.model_validate({"server": {"port": port}})
     with (
         serve(config, tmp_path / "server"),
-        front(tmp_path, port, free_port()) as door,
+        front(tmp_path, port) as door,
         tunnel(tmp_path, door.port) as address,
     ):
         works(tmp_path, "--superlink", address, "--insecure")

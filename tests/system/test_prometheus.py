@@ -24,7 +24,8 @@ from server.rollout import RolloutPlan
 from tests.lab.boards import Asked, asked, chosen_from
 from tests.lab.promql import selectors
 from tests.lab.versions import add_version, model_of
-from tests.system.site import FARMS, Site, call, open_site
+from tests.system.mosquitto import MOSQUITTO, Mosquitto
+from tests.system.site import FARMS, Site, call, open_site, toml
 from tests.waiting import wait_until
 
 PROMETHEUS = shutil.which("prometheus")
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROMETHEUS is None, reason="'prometheus' is not on this machine"),
+    pytest.mark.skipif(MOSQUITTO is None, reason="'mosquitto' is not on this machine"),
 ]
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"
@@ -45,14 +47,8 @@ ALWAYS = {
 }
 """Fires while all is well, so that what shows alerts has some to show."""
 
-NEEDS_DEVICES = {
-    *map(str, names.Device),
-    "fieldfed_devices",
-    "fieldfed_device_last_seen_timestamp_seconds",
-    "fieldfed_device_outbox_messages",
-    "fieldfed_telemetry_messages_total",
-}
-"""Names of what a broker brings, and of a device's own endpoint: neither is in this network."""
+NEEDS_THERMOMETER = {str(names.Device.TEMPERATURE)}
+"""Names of what many machines cannot measure."""
 ASKED = [*asked(), *chosen_from()]
 
 
@@ -105,12 +101,14 @@ class Watch:
         return [rule for group in self.get("rules")["groups"] for rule in group["rules"]]
 
 
-def settings_in(folder: Path, shown: str) -> Path:
+def settings_in(folder: Path, shown: str, device: str) -> Path:
     """The settings and rules of deploy/prometheus, but every second, and with one rule more."""
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": SECOND, "evaluation_interval": SECOND}
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [shown]}]
+    own = [{"targets": [device], "labels": {"device": FARMS[0]}}]
+    config["scrape_configs"].append({"job_name": names.DEVICE_JOB, "static_configs": own})
     (folder / "rules").mkdir(parents=True)
     for path in DEPLOY.glob("rules/*.yml"):
         rules = yaml.safe_load(path.read_text())
@@ -124,9 +122,9 @@ def settings_in(folder: Path, shown: str) -> Path:
     return path
 
 
-def start_prometheus(folder: Path, shown: str, stack: ExitStack) -> int:
+def start_prometheus(folder: Path, shown: str, device: str, stack: ExitStack) -> int:
     """Start one that keeps its data in the folder; returns its port."""
-    port, settings = free_port(), settings_in(folder, shown)
+    port, settings = free_port(), settings_in(folder, shown, device)
     command = [
         *(str(PROMETHEUS), f"--config.file={settings}", f"--storage.tsdb.path={folder / 'data'}"),
         *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"),
@@ -158,6 +156,14 @@ def fill_registry(site: Site) -> None:
         rollout.start(registry, RolloutPlan(channel=STABLE, version=second, stages=(0.1, 1.0)))
 
 
+def join(site: Site, name: str) -> None:
+    """Make a farm that runs a member of the network."""
+    folder, asks, given = (str(site.root / part) for part in (f"farms/{name}", "csr", "member"))
+    call("fieldfed-client", "request", folder, "--out", asks)
+    call("fieldfed-server", "certify", site.server, asks, "--out", given)
+    call("fieldfed-client", "join", folder, given)
+
+
 def scrapes(watch: Watch) -> float:
     """How often the server was asked so far."""
     found = watch.ask('count_over_time(up{instance="$instance"}[1h])')
@@ -166,21 +172,34 @@ def scrapes(watch: Watch) -> float:
 
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    """A network that has aligned, pruned and published while it was watched."""
-    root, shown, hub = tmp_path_factory.mktemp("watched"), free_port(), free_port()
-    settings: dict[str, dict[str, object]] = {
-        "metrics": {"port": shown},
-        "hub": {"port": hub, "names": ["localhost"]},
-    }
+    """A network that aligned, pruned, published and served on a device while it was watched."""
+    root = tmp_path_factory.mktemp("watched")
+    shown, hub, own = (free_port() for _ in range(3))
     with ExitStack() as stack:
-        site = stack.enter_context(open_site(root, settings=settings))
+        mosquitto = Mosquitto(root / "broker")
+        mosquitto.start()
+        stack.callback(mosquitto.stop)
+        broker = {"host": "127.0.0.1", "port": mosquitto.port}
+        settings: dict[str, dict[str, object]] = {
+            "metrics": {"port": shown},
+            "hub": {"port": hub, "names": ["localhost"]},
+            "broker": dict(broker),
+        }
+        more = {FARMS[0]: toml({"broker": dict(broker), "metrics": {"port": own}})}
+        site = stack.enter_context(open_site(root, settings=settings, more=more))
         wait_for_port("127.0.0.1", shown, 60, site.up)
         address = f"127.0.0.1:{shown}"
-        port = start_prometheus(root / "prometheus", address, stack)
+        device = f"127.0.0.1:{own}"
+        port = start_prometheus(root / "prometheus", address, device, stack)
         watch = Watch(site, port, address)
         wait_until(lambda: scrapes(watch) > 1, 60, "a first look at the server")
+        join(site, FARMS[0])
         assert "run 1 is done" in call("fieldfed-server", "train", site.server)
         fill_registry(site)
+        serving = f"{names.Device.VERSION} > 0"
+        wait_until(lambda: watch.ask(serving), 180, "a version in use on the device")
+        waiting = f"{names.Server.DEVICE_OUTBOX}"
+        wait_until(lambda: watch.ask(waiting), 90, "a word of the device over the broker")
         channel = 'fieldfed_rollout_share_ratio{instance="$instance"}'
         wait_until(lambda: watch.ask(channel), 60, "a look at the rollout")
         before = scrapes(watch)
@@ -190,10 +209,8 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
 
 def lacking(query: Asked) -> str:
     """Why a query cannot find anything here; empty where it can."""
-    for one in selectors(query.expression):
-        matched = {matcher.label: matcher.value for matcher in one.matchers}
-        if one.name in NEEDS_DEVICES or matched.get("job") == names.DEVICE_JOB:
-            return "there is no device on a broker, and none that is scraped"
+    if any(one.name in NEEDS_THERMOMETER for one in selectors(query.expression)):
+        return "there may be no thermometer"
     return ""
 
 
@@ -210,11 +227,10 @@ def test_a_dashboard_finds_what_it_asks_for(query: Asked, watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("query", NOT_HERE, ids=str)
-def test_what_is_not_here_is_asked_for_in_words_that_prometheus_knows(
+def test_what_may_not_be_here_is_asked_for_in_words_that_prometheus_knows(
     query: Asked, watch: Watch
 ) -> None:
-    found = [one for one in watch.ask(query.expression) if query.shown <= one.labels.keys()]
-    assert not found, f"it is there, but this test says that {lacking(query)}"
+    watch.ask(query.expression)
 
 
 def test_what_prometheus_has_is_what_the_store_says(watch: Watch) -> None:
