@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common.config import MetricsConfig
 from common.exposition import MetricsServer
+from common.services import MetricsConfig
 from common.topics import DeviceState, Telemetry
 
 PREFIX = "fieldfed_device_"

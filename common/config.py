@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from common.broker import Broker
 from common.door import DoorConfig
 from common.section import Section
+from common.services import DeviceMetricsConfig, HubConfig, MetricsConfig, PageConfig
 
 Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
@@ -252,39 +253,6 @@ class NetworkConfig(Section):
     name: str = Field(default="fieldfed", pattern=r"^[A-Za-z0-9_-]{1,40}$")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-
-
-class HubConfig(Section):
-    """Where devices get models, over mutual TLS."""
-
-    host: str = Field(default="127.0.0.1", description="to listen on; 0.0.0.0: everywhere")
-    port: int = Field(ge=1, le=65535)
-    names: tuple[str, ...] = Field(
-        default=(), description="names and addresses by which devices reach it"
-    )
-    streams: int = Field(default=256, ge=1, le=10_000, description="devices sent to at once")
-    streams_per_farm: int = Field(default=4, ge=1, le=10_000)
-    bytes_per_second: float | None = Field(default=None, gt=0, description="to each farm")
-
-
-class MetricsConfig(Section):
-    """Where Prometheus reads figures, without encryption and so from this machine alone."""
-
-    host: str = Field(default="127.0.0.1", description="to listen on")
-    port: int = Field(default=9464, ge=1, le=65535)
-
-
-class DeviceMetricsConfig(MetricsConfig):
-    """The same of a device, at another port: a farm may be on its server's machine."""
-
-    port: int = Field(default=9466, ge=1, le=65535)
-
-
-class PageConfig(Section):
-    """Where operators look, without encryption and so from this machine alone."""
-
-    host: str = Field(default="127.0.0.1", description="to listen on")
-    port: int = Field(default=9465, ge=1, le=65535)
 
 
 class ServerConfig(Section):

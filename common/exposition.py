@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from common.config import MetricsConfig
 from common.errors import LaunchError
 from common.processes import require_loopback
+from common.services import MetricsConfig
 
 log = logging.getLogger(__name__)
 

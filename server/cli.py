@@ -14,7 +14,6 @@ from common import logs
 from common.command import LogOption, run, write_new
 from common.config import NetworkConfig, ServerConfig
 from common.errors import StateError
-from common.files import write_atomically
 from common.settings import load_settings, validate
 from server.enrol_cli import enrol_app
 from server.registry_cli import registry_app
@@ -214,53 +213,6 @@ def status(
         print(json.dumps(values, indent=2, sort_keys=True))
     else:
         Console().print(show(values))
-
-
-@app.command(epilog="Example: fieldfed-server certify network apple.csr --out apple.member")
-def certify(
-    folder: Folder,
-    request: Annotated[Path, typer.Argument(help="what 'fieldfed-client request' wrote")],
-    out: Annotated[Path, typer.Option(help="file for the farm; it holds no secret")],
-    hub: Annotated[
-        str | None, typer.Option(help="host:port by which the farm reaches the hub")
-    ] = None,
-) -> None:
-    """Take a farm into the network: sign its certificate. Look who asks before you do."""
-    from server.members import certified
-
-    member = certified(_settings(folder), folder, request, hub)
-    write_atomically(out, member.model_dump_json().encode())
-    print(f"give {out} to farm {member.farm}, which runs: fieldfed-client join")
-
-
-@app.command(
-    "certify-broker", epilog="Example: fieldfed-server certify-broker network mqtt.example.org"
-)
-def certify_broker(
-    folder: Folder,
-    hosts: Annotated[list[str], typer.Argument(help="names or addresses devices reach it by")],
-    out: Annotated[Path | None, typer.Option(help="default: FOLDER/broker")] = None,
-) -> None:
-    """Write what an MQTT broker shows to devices, and what the server shows to the broker."""
-    from server.identity import BROKER, Authority
-
-    name, identity = _settings(folder).server.name, folder / "identity"
-    if not identity.exists():
-        Authority.create(identity, name, [])
-    target = out or folder / BROKER
-    Authority.open(identity).certify_broker(target, hosts)
-    print(
-        f"wrote {target}: give ca.crt, broker.crt and broker.key to the broker, and to {folder}/"
-        f'server.toml:\n[broker]\nhost = "{hosts[0]}"\n'
-        + "\n".join(
-            f'{key} = "{(target / file).resolve()}"'
-            for key, file in (
-                ("ca", "ca.crt"),
-                ("certificate", "server.crt"),
-                ("key", "server.key"),
-            )
-        )
-    )
 
 
 @app.command(epilog="Example: fieldfed-server readmit network apple")

@@ -1,4 +1,4 @@
-"""``fieldfed-server enrol`` and ``revoke``: who is in the network, by name and by code."""
+"""``fieldfed-server enrol``, ``revoke`` and ``certify``: who is in the network."""
 
 import json
 from datetime import UTC, datetime
@@ -9,6 +9,7 @@ import typer
 
 from common.config import ServerConfig
 from common.errors import ConfigError
+from common.files import write_atomically
 from common.settings import load_settings
 
 enrol_app = typer.Typer()
@@ -61,4 +62,54 @@ def revoke(folder: Folder, farm: Annotated[str, typer.Argument(help="name of the
     print(
         f"farm {farm} is out: {count} certificates count no longer. Door and hub know within a "
         f"second; a broker reads {folder / 'identity' / 'revoked.crl'} when it is reloaded"
+    )
+
+
+@enrol_app.command(epilog="Example: fieldfed-server certify network apple.csr --out apple.member")
+def certify(
+    folder: Folder,
+    request: Annotated[Path, typer.Argument(help="what 'fieldfed-client request' wrote")],
+    out: Annotated[Path, typer.Option(help="file for the farm; it holds no secret")],
+    hub: Annotated[
+        str | None, typer.Option(help="host:port by which the farm reaches the hub")
+    ] = None,
+) -> None:
+    """Take a farm into the network: sign its certificate. Look who asks before you do."""
+    from server.members import certified
+
+    member = certified(load_settings(ServerConfig, folder / "server.toml"), folder, request, hub)
+    write_atomically(out, member.model_dump_json().encode())
+    print(f"give {out} to farm {member.farm}, which runs: fieldfed-client join")
+
+
+@enrol_app.command(
+    "certify-broker", epilog="Example: fieldfed-server certify-broker network mqtt.example.org"
+)
+def certify_broker(
+    folder: Folder,
+    hosts: Annotated[list[str], typer.Argument(help="names or addresses devices reach it by")],
+    out: Annotated[Path | None, typer.Option(help="default: FOLDER/broker")] = None,
+) -> None:
+    """Write what an MQTT broker shows to devices, and what the server shows to the broker."""
+    from server.identity import BROKER, Authority
+
+    name, identity = (
+        load_settings(ServerConfig, folder / "server.toml").server.name,
+        folder / "identity",
+    )
+    if not identity.exists():
+        Authority.create(identity, name, [])
+    target = out or folder / BROKER
+    Authority.open(identity).certify_broker(target, hosts)
+    print(
+        f"wrote {target}: give ca.crt, broker.crt and broker.key to the broker, and to {folder}/"
+        f'server.toml:\n[broker]\nhost = "{hosts[0]}"\n'
+        + "\n".join(
+            f'{key} = "{(target / file).resolve()}"'
+            for key, file in (
+                ("ca", "ca.crt"),
+                ("certificate", "server.crt"),
+                ("key", "server.key"),
+            )
+        )
     )

@@ -30,10 +30,11 @@ from pydantic import ValidationError
 from common import hub_pb2, hub_pb2_grpc, logs
 from common.certificates import common_name, parse_certificate
 from common.compress import compressed_piece
-from common.config import HubConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
+from common.services import HubConfig
 from common.settings import load_settings
 from server.bodies import bodies_of
 from server.identity import ServerFiles

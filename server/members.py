@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from common.certificates import common_name, parse_certificate
-from common.config import HubConfig, ServerConfig
+from common.config import ServerConfig
 from common.door import DoorConfig
 from common.errors import ConfigError
 from common.membership import Membership
+from common.services import HubConfig
 from server.identity import Authority
 from server.registry import Registry
 

@@ -22,9 +22,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from common import exposition, logs
-from common.config import MetricsConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError
 from common.processes import terminate_like_interrupt
+from common.services import MetricsConfig
 from common.settings import load_settings
 from server import families, telemetry
 from server.figures import Figures, RegistryFigures, reading

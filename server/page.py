@@ -34,9 +34,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from common import logs
-from common.config import PageConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError
 from common.processes import require_loopback, terminate_like_interrupt
+from common.services import PageConfig
 from common.settings import load_settings
 from server import events, page_changes
 from server.facts import Sources, sources

@@ -9,9 +9,9 @@ from pathlib import Path
 from client.device import Device
 from client.hub import HubClient
 from client.identity import ClientFiles, FarmIdentity
-from common.config import HubConfig
 from common.membership import Membership
 from common.processes import free_port
+from common.services import HubConfig
 from server import offers
 from server.hub import serve_hub
 from server.identity import Authority

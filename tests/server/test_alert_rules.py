@@ -15,9 +15,9 @@ from typer import Typer
 from typer.main import get_command
 
 from client.cli import app as client_app
-from common.config import MetricsConfig
 from common.errors import RejectReason
 from common.manifest import Outcome
+from common.services import MetricsConfig
 from server import telemetry
 from server.arrivals import Arrivals
 from server.cli import app as server_app

@@ -31,12 +31,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from client.identity import FarmIdentity
 from common import exposition
 from common.certificates import read_certificate
-from common.config import MetricsConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError, RejectReason, StateError
 from common.manifest import Outcome
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
+from common.services import MetricsConfig
 from common.settings import load_settings
 from server import families, figures, launch, rollout, telemetry
 from server.figures import MOST_FARMS, Figures, reading

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from common.config import PageConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import ConfigError, LaunchError, StateError
 from common.messages import AlignReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
+from common.services import PageConfig
 from common.settings import load_settings
 from common.spec import saved_spec
 from server import alerts, events, launch, page_access, rollout

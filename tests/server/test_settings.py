@@ -5,14 +5,8 @@ import json
 import pytest
 
 from common.broker import Broker
-from common.config import (
-    HubConfig,
-    MetricsConfig,
-    NetworkConfig,
-    PageConfig,
-    PlanConfig,
-    ServerConfig,
-)
+from common.config import NetworkConfig, PlanConfig, ServerConfig
+from common.services import HubConfig, MetricsConfig, PageConfig
 from server.settings import RunSettings
 
 SETTINGS = RunSettings(config=ServerConfig(seed=3, plan=PlanConfig(rounds=4)))
