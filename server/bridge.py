@@ -15,7 +15,6 @@ that is none, or of nobody, is counted by what is wrong with it and left out.
 import contextlib
 import logging
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,11 +23,10 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common import logs
 from common.broker import Broker
 from common.certificates import is_name
 from common.config import ServerConfig
-from common.errors import ConfigError, FieldfedError, ProtocolError, StateError
+from common.errors import ConfigError, ProtocolError, StateError
 from common.mqtt import FIRST_PAUSE, Connection
 from common.outbox import Outbox
 from common.processes import terminate_like_interrupt
@@ -50,6 +48,7 @@ from server.arrivals import Arrivals, Batch, Message, Said, There, values_of
 from server.notices import Notices
 from server.retention import MOST_BYTES as MOST_STORED
 from server.retention import SPARE, Retention
+from server.service import run_service
 from server.telemetry import NAME, Fate, Table
 
 log = logging.getLogger("server.bridge")  # also where this module is the program
@@ -258,9 +257,4 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logs.start_logging()
-    try:
-        _main(Path(sys.argv[1]))
-    except FieldfedError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    run_service(_main, log)

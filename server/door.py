@@ -17,7 +17,6 @@ import contextlib
 import logging
 import signal
 import ssl
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +27,7 @@ import uvicorn
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common import certificates, logs
+from common import certificates
 from common.config import ServerConfig
 from common.door import DoorConfig
 from common.errors import ConfigError, FieldfedError, LaunchError, ProtocolError
@@ -40,6 +39,7 @@ from server.issued import Revocations
 from server.members import authority_of, hosts_of
 from server.nodes import Nodes
 from server.passage import HEAD_BYTES, Caller, Passage
+from server.service import run_service
 
 log = logging.getLogger("server.door")  # also where this module is the program
 
@@ -287,9 +287,4 @@ async def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logs.start_logging()
-    try:
-        asyncio.run(_main(Path(sys.argv[1])))
-    except FieldfedError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    run_service(lambda folder: asyncio.run(_main(folder)), log)

@@ -13,7 +13,6 @@ piece by piece as the device takes it, so a slow device costs one piece of memor
 import asyncio
 import logging
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +26,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
-from common import hub_pb2, hub_pb2_grpc, logs
+from common import hub_pb2, hub_pb2_grpc
 from common.certificates import common_name, parse_certificate
 from common.compress import compressed_piece
 from common.config import ServerConfig
-from common.errors import ConfigError, FieldfedError, LaunchError
+from common.errors import ConfigError, LaunchError
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.services import HubConfig
@@ -42,6 +41,7 @@ from server.issued import Revocations
 from server.members import authority_of, hosts_of
 from server.offers import Offers
 from server.registry import Registry
+from server.service import run_service
 
 log = logging.getLogger("server.hub")  # also where this module is the program
 
@@ -322,9 +322,4 @@ async def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logs.start_logging()
-    try:
-        asyncio.run(_main(Path(sys.argv[1])))
-    except FieldfedError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    run_service(lambda folder: asyncio.run(_main(folder)), log)

@@ -12,7 +12,6 @@ source that cannot be read is left out and named by ``fieldfed_up_source``; the 
 
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TypeVar
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from common import exposition, logs
+from common import exposition
 from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError
 from common.processes import terminate_like_interrupt
@@ -30,6 +29,7 @@ from common.settings import load_settings
 from server import families, telemetry
 from server.figures import Figures, RegistryFigures, reading
 from server.identity import expiries
+from server.service import run_service
 from server.telemetry import TelemetryStore
 
 log = logging.getLogger("server.metrics")  # also where this module is the program
@@ -138,9 +138,4 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logs.start_logging()
-    try:
-        _main(Path(sys.argv[1]))
-    except FieldfedError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    run_service(_main, log)

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import logging
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +32,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
-from common import logs
 from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError
 from common.processes import require_loopback, terminate_like_interrupt
@@ -55,6 +53,7 @@ from server.page_shell import LEAF, Frame, empty, heading, write
 from server.page_sign_in import sign_in_page
 from server.page_style import STYLE
 from server.page_versions import versions_page
+from server.service import run_service
 
 log = logging.getLogger("server.page")  # also where this module is the program
 
@@ -352,9 +351,4 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logs.start_logging()
-    try:
-        _main(Path(sys.argv[1]))
-    except FieldfedError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    run_service(_main, log)

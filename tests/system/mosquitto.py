@@ -23,25 +23,31 @@ persistence_location {folder}/
 max_queued_messages 0
 """
 
-OURS = """
-import json, sys
+DAYS, RESULTS = 14, 10_000
+
+OURS = f"""
+import json, sys, time
 from pathlib import Path
 from common.broker import Broker
 from common.mqtt import Connection
 from common.outbox import Outbox
 port, _, end = map(int, sys.argv[2:])
-with Outbox.open(Path(sys.argv[1])) as outbox:
-    known = outbox.waiting(1_000_000)
+begin, number = time.time() - {DAYS} * 86_400, 0
+clock = lambda: begin + number * {DAYS} * 86_400 / {RESULTS}
+with Outbox.open(Path(sys.argv[1]), clock=clock) as outbox:
+    known = [one for one in outbox.waiting(1_000_000) if one.kind == "result"]
     start = json.loads(known[-1].payload)["number"] + 1 if known else 0
     with Connection(Broker(host="127.0.0.1", port=port), "valley", "oak", outbox) as connection:
         print("ready", flush=True)
         sys.stdin.readline()
         for number in range(start, end):
-            body = {"taken": number, "label": "leaf", "share": 0.5, "sure": True, "version": 1}
-            connection.put("result", {**body, "number": number})
+            body = dict(taken=number, label="leaf", share=0.5, sure=True, version=1, number=number)
+            connection.put("telemetry", dict(uptime_seconds=number, cpu_ratio=0.1))
+            connection.put("result", body)
             print(number, flush=True)
         sys.stdin.readline()
 """
+"""A device by whose clock a fortnight goes by while it puts all results, and as much telemetry."""
 
 
 class Mosquitto:

@@ -16,7 +16,7 @@ from common.broker import Broker
 from common.mqtt import Connection, Seen
 from common.outbox import Outbox
 from tests.system.bridges import Bridge
-from tests.system.mosquitto import MOSQUITTO, OURS, Mosquitto, device
+from tests.system.mosquitto import DAYS, MOSQUITTO, OURS, RESULTS, Mosquitto, device
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.skipif(MOSQUITTO is None, reason="the broker 'mosquitto' is not installed"),
 ]
 
-RESULTS = 10_000
 KILLED_AFTER = 4_000
 PAHO = """
 import json, sys
@@ -115,13 +114,19 @@ def away(valley: Valley, script: str, folder: Path) -> None:
         oak.end()
 
 
-def test_all_results_arrive_in_order_and_once(valley: Valley, tmp_path: Path) -> None:
+def test_all_results_of_a_fortnight_arrive_in_order_and_once(
+    valley: Valley, tmp_path: Path
+) -> None:
     with Bridge(tmp_path / "bridge", valley.broker.port) as bridge:
         wait_until(lambda: bridge.names == {"watcher"}, 20, "the bridge's subscription")
         away(valley, OURS, tmp_path)
         assert valley.server.numbers == list(range(RESULTS))
         wait_until(lambda: len(bridge.numbers()) == RESULTS, 60, "the last result at the bridge")
         assert bridge.numbers() == list(range(RESULTS))
+        with bridge.told() as told:
+            (row,) = told._select("SELECT min(time) AS first, max(time) AS last FROM results")
+            assert row["last"] - row["first"] > 0.99 * DAYS * 86_400
+    assert sum(path.stat().st_size for path in tmp_path.glob("outbox.db*")) < 64_000_000
 
 
 def test_paho_alone_loses_what_the_killed_process_had_not_sent(

@@ -1,0 +1,19 @@
+"""How our programs beside Flower begin and end: ``python -P -m server.NAME FOLDER``."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common import logs
+from common.errors import FieldfedError
+
+
+def run_service(main: Callable[[Path], None], log: logging.Logger) -> None:
+    """Run until ``main`` returns; an expected error is one line, and ends with its exit code."""
+    logs.start_logging()
+    try:
+        main(Path(sys.argv[1]))
+    except FieldfedError as error:
+        log.error("%s", error)
+        sys.exit(error.exit_code)
