@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
 
 test: $(STAMP) lint
-	$(BIN)/python -P -m pytest -m "not system" -n 2 --dist loadgroup
+	$(BIN)/python -P -m pytest -m "not system" -n 2
 
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
 # photographs, 4 GB of replies, a broker, alerts, a browser.

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,15 +41,19 @@ def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         room.setLevel(level)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start real processes come first, and one after the other where others run too.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With ``-n``, tests that start real processes run on one worker, one after the other.
 
-    They wait for seconds, so that a worker of its own (``pytest -n 2``) costs the others little.
+    Elsewhere they would take the processor from each other, and set up what they share twice.
     """
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
-    for item in items:
-        if item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if nodeid.startswith("tests/system/") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
