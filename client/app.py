@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.bundle import guarded
-from client.door import way_of
+from client.door import address_of
 from client.ledger import FILE, Ledger, kinds_of
 from client.worker import in_worker
 from common.config import FarmConfig
@@ -123,7 +123,7 @@ def _write_down(reply: Reply, size: int, context: Context) -> None:
     """Say in the farm's ledger what is about to leave; whatever goes wrong, it leaves."""
     try:
         config, state_dir = _settings_of(context)
-        destination = f"server {way_of(config.farm, state_dir).address}"
+        destination = f"server {address_of(config.farm, state_dir)}"
         with Ledger.open(state_dir / FILE) as ledger:
             for kind, count in kinds_of(reply, size).items():
                 ledger.add(kind, count, destination)

@@ -58,6 +58,18 @@ class _Tls:
         return self._made[1]
 
 
+def address_of(farm: FarmSection, state_dir: Path) -> str:
+    """Where a farm sends what it says to its server, as ``host:port``."""
+    return _reached(farm, state_dir)[0] or LOCAL
+
+
+def _reached(farm: FarmSection, state_dir: Path) -> tuple[str | None, Membership | None]:
+    """The address that is set or joined, and the membership, if there is one."""
+    path = state_dir / "membership.json"
+    member = Membership.load(path) if path.is_file() else None
+    return farm.superlink or (member.door if member else None), member
+
+
 def way_of(farm: FarmSection, state_dir: Path) -> Way:
     """How a farm reaches its server.
 
@@ -69,9 +81,7 @@ def way_of(farm: FarmSection, state_dir: Path) -> Way:
         ConfigError: the server is on another machine, and the farm has not joined its network.
         StateError: the farm's key is damaged.
     """
-    path = state_dir / "membership.json"
-    member = Membership.load(path) if path.is_file() else None
-    address = farm.superlink or (member.door if member else None)
+    address, member = _reached(farm, state_dir)
     if address is None or (farm.superlink and is_loopback(address.rpartition(":")[0])):
         return Way(address or LOCAL)
     if member is None:

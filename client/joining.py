@@ -5,6 +5,7 @@ the door proves the same (common/code.py), and only then is it believed. What it
 once: the door with the new certificate, the hub, the clock, the disk.
 """
 
+import functools
 import logging
 import shutil
 import socket
@@ -112,6 +113,16 @@ def faults(way: Way, membership: Membership, state_dir: Path) -> list[str]:
     return found
 
 
+def keep(identity: FarmIdentity, state_dir: Path, membership: Membership) -> None:
+    """Take a membership in: its certificate, and what else it says.
+
+    Raises:
+        ProtocolError: the certificate is not for this farm's key, or of another authority.
+    """
+    identity.accept(membership.certificate.encode(), membership.authority.encode())
+    write_atomically(state_dir / "membership.json", membership.model_dump_json().encode())
+
+
 # --- afterwards ----------------------------------------------------------------------------------
 
 
@@ -156,13 +167,7 @@ def keep_young(
 def look_after(farm: FarmSection, state_dir: Path, way: Way, stop: threading.Event) -> None:
     """Keep a member's certificate young, in a thread of its own."""
     identity = FarmIdentity.create(state_dir / "identity", farm.name)
-
-    def keep(membership: Membership) -> None:
-        identity.accept(membership.certificate.encode(), membership.authority.encode())
-        path = state_dir / "membership.json"
-        write_atomically(path, membership.model_dump_json().encode())
-
-    arguments = (identity, way, keep, stop)
+    arguments = (identity, way, functools.partial(keep, identity, state_dir), stop)
     threading.Thread(target=keep_young, args=arguments, name="certificate", daemon=True).start()
 
 

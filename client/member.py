@@ -8,12 +8,12 @@ from typing import Self
 
 from client.hub import HubClient
 from client.identity import FarmIdentity
+from client.joining import keep
 from client.ledger import FILE, Ledger
 from client.served import Served
 from client.trust import Trust
 from common.config import FarmConfig
 from common.errors import ConfigError
-from common.files import write_atomically
 from common.membership import Membership
 from common.settings import load_settings
 
@@ -43,8 +43,7 @@ class Member:
             RefusalError: the signing keys have not signed themselves.
         """
         Trust(self._state / "trust.json", membership.keys, datetime.now(UTC))
-        self.identity.accept(membership.certificate.encode(), membership.authority.encode())
-        write_atomically(self._state / "membership.json", membership.model_dump_json().encode())
+        keep(self.identity, self._state, membership)
 
     @property
     def joined(self) -> bool:

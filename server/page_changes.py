@@ -5,7 +5,7 @@ Every change is on record before it is done, with what came of it after that (se
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,24 +73,18 @@ def _start(folder: Path, sent: Mapping[str, str]) -> str:
     return _done(folder, f"roll version {plan.version} out to {plan.channel}", act)
 
 
-def _pause(folder: Path, sent: Mapping[str, str]) -> str:
-    channel = validate(_Form, dict(sent), "rollout pause").channel
+def _moves(state: Literal["running", "paused"], what: str, words: str) -> Change:
+    """A change of a rollout's state, as an operator says it."""
 
-    def act(registry: Registry) -> str:
-        row = rollout.change(registry, channel, "paused")
-        return f"version {row.version} waits"
+    def change(folder: Path, sent: Mapping[str, str]) -> str:
+        channel = validate(_Form, dict(sent), f"rollout {what}").channel
 
-    return _done(folder, f"pause the rollout to {channel}", act)
+        def act(registry: Registry) -> str:
+            return f"version {rollout.change(registry, channel, state).version} {words}"
 
+        return _done(folder, f"{what} the rollout to {channel}", act)
 
-def _resume(folder: Path, sent: Mapping[str, str]) -> str:
-    channel = validate(_Form, dict(sent), "rollout resume").channel
-
-    def act(registry: Registry) -> str:
-        row = rollout.change(registry, channel, "running")
-        return f"version {row.version} goes on"
-
-    return _done(folder, f"go on with the rollout to {channel}", act)
+    return change
 
 
 def _abort(folder: Path, sent: Mapping[str, str]) -> str:
@@ -107,7 +101,7 @@ CHANGES: Mapping[str, Change] = {
     "/versions/promote": _promote,
     "/versions/roll-back": _roll_back,
     "/rollouts/start": _start,
-    "/rollouts/pause": _pause,
-    "/rollouts/resume": _resume,
+    "/rollouts/pause": _moves("paused", "pause", "waits"),
+    "/rollouts/resume": _moves("running", "resume", "goes on"),
     "/rollouts/abort": _abort,
 }

@@ -240,32 +240,25 @@ def _changes(sources: Sources, frame: Frame) -> Element:
         words = "You can read everything here. To promote a version or to go back, "
         link = node("a", "sign in with the token", href="/sign-in?next=/versions")
         return section("changes", "Change what devices are offered", empty(words, link, "."))
-    choices = [
-        node("option", f"version {row.counter}", value=str(row.counter))
-        for row in reversed(sources.registry.versions())
-    ]
+    counters = [str(row.counter) for row in reversed(sources.registry.versions())]
     names = sorted({STABLE, *(row.name for row in sources.registry.channels())})
     promote = form(
         "/versions/promote",
         frame,
         node("h3", "Promote at once"),
         node("p", "Every device that follows the channel is offered it.", class_="note"),
-        node("label", "Version", node("select", *choices, name="version")),
+        _version_choice(counters),
         _channel("promote-names", names),
         node("button", "Promote", type="submit"),
     )
     farms = node("input", name="canary", placeholder="apple,rice", autocomplete="off")
     stages = node("input", name="stages", value="0.1,0.5,1", autocomplete="off")
-    again = [
-        node("option", f"version {row.counter}", value=str(row.counter))
-        for row in reversed(sources.registry.versions())
-    ]
     start = form(
         "/rollouts/start",
         frame,
         node("h3", "Roll out in steps"),
         node("p", "Some farms first; it goes on, or back, by what they report.", class_="note"),
-        node("label", "Version", node("select", *again, name="version")),
+        _version_choice(counters),
         _channel("start-names", names),
         node("label", "Farms that go first", farms),
         node("label", "Shares of the farms", stages),
@@ -276,6 +269,11 @@ def _changes(sources: Sources, frame: Frame) -> Element:
         "Change what devices are offered",
         node("div", promote, start, class_="pair forms"),
     )
+
+
+def _version_choice(counters: list[str]) -> Element:
+    options = [node("option", f"version {one}", value=one) for one in counters]
+    return node("label", "Version", node("select", *options, name="version"))
 
 
 def _channel(key: str, names: list[str]) -> Element:
