@@ -95,6 +95,10 @@ class PlanConfig(Section):
     compensation: Literal["none", "bias", "least_squares"] = Field(
         default="least_squares", description="how what was cut is made up for, on source images"
     )
+    redundancy: bool = Field(
+        default=True,
+        description="with least squares: count only what other units cannot say in a unit's place",
+    )
     kappa: float = Field(
         default=0.25, ge=0, le=1, description="share of the maximum over farms, with mean"
     )
@@ -123,6 +127,11 @@ class PlanConfig(Section):
     def invariance_exponent(self) -> float:
         """How much a head's invariance counts: taha's ``exponent``, 0 for every other criterion."""
         return self.exponent if self.criterion == "taha" else 0.0
+
+    @property
+    def spares_redundant(self) -> bool:
+        """Whether scores are lowered where other units can stand in (server/redundancy.py)."""
+        return self.redundancy and self.compensation == "least_squares"
 
     @property
     def prunes(self) -> bool:

@@ -1,8 +1,8 @@
 """Close a round: replies on disk become one candidate, and at a prune event a smaller one.
 
 Aggregate in node order -> code and decode the step (the canonical candidate is what the decoder
-yields, so every farm reaches the same digest) -> consensus over farms -> mask -> surgery with
-compensation -> anchors of the new mask -> one commit.
+yields, so every farm reaches the same digest) -> consensus over farms, less what other units can
+say instead -> mask -> surgery with compensation -> anchors of the new mask -> one commit.
 """
 
 import logging
@@ -21,12 +21,13 @@ from common.mask import Mask
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec
 from common.step import Cut, Step
-from common.surgery import collect_moments, prune, prune_compensated, slice_flat
+from common.surgery import Moments, collect_moments, prune, prune_compensated, slice_flat
 from common.trainable import TrainableSet, trainable_set
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
 from server.models import Models
+from server.redundancy import irreplaceable
 from server.residual import Residuals
 from server.spool import ReplyReader, ReplyScores, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
@@ -99,12 +100,14 @@ class RoundCloser:
         sent = _sent(replies, readers) if work.scored else {}
         farms = self._score(run, sent, spec)
         agreed = self._agree(replies, farms)
-        mask = base.mask
+        mask, counted, moments = base.mask, agreed, None
         if budget is not None and agreed is not None:
-            mask = self._choose(run, agreed, base.mask, budget)
+            moments = self._moments(model, spec)
+            counted = self._counted(agreed, model, moments)
+            mask = self._choose(run, counted, base.mask, budget)
         if mask != base.mask:
             before = spec
-            model, spec, cut = self._cut(model, spec, base, mask)
+            model, spec, cut = self._cut(model, spec, base, mask, moments)
             after = trainable_set(model, self._config.train.trainable, trained.rank)
             lost = slice_flat(lost, trained.layout, before, cut.keep, after.layout)
         digest = self._models.save(model, spec, Step(update, cut).to_bytes())
@@ -113,7 +116,7 @@ class RoundCloser:
         if mask != base.mask:
             log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
         candidate = self._candidate(model, spec, digest, base.digest, mask)
-        scores = _rows(agreed, farms, sent, replies, base.mask)
+        scores = _rows(agreed, counted, farms, sent, replies, base.mask)
         self._commit(run, number, candidate, mask, replies, scores, verdict)
         return Base(digest, mask)
 
@@ -236,6 +239,20 @@ class RoundCloser:
         kappa = plan.kappa if plan.consensus == "mean" and not hidden else 0.0
         return consensus(weighed, kappa=kappa, rule=plan.consensus)
 
+    def _moments(self, model: VisionTransformer, spec: ModelSpec) -> Moments | None:
+        """On source images, where there are some and the plan compensates."""
+        if self._source is None or self._config.plan.compensation == "none":
+            return None
+        return collect_moments(model, self._source(spec))
+
+    def _counted(
+        self, agreed: UnitScores, model: VisionTransformer, moments: Moments | None
+    ) -> UnitScores:
+        """The scores that the mask goes by."""
+        if moments is None or not self._config.plan.spares_redundant:
+            return agreed
+        return irreplaceable(agreed, model, moments)
+
     def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
         """The mask of a prune event; one that was undone in this run is not tried again."""
         mask = choose_mask(agreed, before, self._dense, budget)
@@ -248,14 +265,18 @@ class RoundCloser:
     # --- prune event -----------------------------------------------------------------------
 
     def _cut(
-        self, model: VisionTransformer, spec: ModelSpec, base: Base, after: Mask
+        self,
+        model: VisionTransformer,
+        spec: ModelSpec,
+        base: Base,
+        after: Mask,
+        moments: Moments | None,
     ) -> tuple[VisionTransformer, ModelSpec, Cut]:
         """What is left of ``model``, compensated as every farm will compensate it."""
         keep = after.keep_in(base.mask)
         pruned, pruned_spec = prune(model, spec, keep)
         compensated, method = pruned, self._config.plan.compensation
-        if self._source is not None and method != "none":
-            moments = collect_moments(model, self._source(spec))
+        if moments is not None:
             compensated, _ = prune_compensated(model, spec, keep, moments, method)
         cut = Cut.between(pruned, compensated, keep, base.digest)
         cut.compensate(pruned)
@@ -277,15 +298,17 @@ def _sent(replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]) -> dict[i
 
 def _rows(
     agreed: UnitScores | None,
+    counted: UnitScores | None,
     farms: Mapping[int, UnitScores],
     sent: Mapping[int, ReplyScores],
     replies: Sequence[ReplyRow],
     mask: Mask,
 ) -> list[ScoreRow]:
-    if agreed is None:
+    if agreed is None or counted is None:
         return []
     names = {row.node: row.farm for row in replies}
-    rows = [ScoreRow(farm=None, mask=mask.digest, heads=agreed.flat_heads())]
+    together = agreed.flat_heads()
+    rows = [ScoreRow(farm=None, mask=mask.digest, heads=counted.flat_heads(), importance=together)]
     for node, scores in farms.items():
         rows.append(
             ScoreRow(

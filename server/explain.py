@@ -25,7 +25,8 @@ class Opinion:
 
     ``score`` is over the mean score of the heads there were then, ``rank`` counts from 1, the
     best. ``importance`` is over its mean, too; ``invariance`` is exp(-max(mmd2, 0) / tau). Both are
-    None where they were not measured or not kept.
+    None where they were not measured or not kept. Of all together, a head that others can stand in
+    for has a score below its importance.
     """
 
     farm: str | None

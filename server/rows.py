@@ -220,7 +220,8 @@ class ScoreRow:
     """Scores of one farm, or of the consensus (``farm`` None), over the units of ``mask``.
 
     ``heads`` is fp32 (sum of heads,), ``neurons`` fp32 (sum of neurons,) where they were kept.
-    ``importance`` and ``mmd2``, fp32 (sum of heads,), are what a farm sent for its heads.
+    ``importance`` and ``mmd2``, fp32 (sum of heads,), are what a farm sent for its heads; of the
+    consensus, ``importance`` is what farms agree on, and ``heads`` what the mask goes by.
     """
 
     farm: str | None

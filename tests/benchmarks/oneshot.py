@@ -33,6 +33,7 @@ from common.spec import ModelSpec
 from common.surgery import Method, Moments, collect_moments, prune_compensated
 from server.consensus import Rule, consensus, farm_scores, median_tau
 from server.pretrain import ANCHORS_FILE, SourceBatches, source_batches
+from server.redundancy import irreplaceable
 from tests.benchmarks import plants
 from tests.benchmarks.plants import Flags
 
@@ -42,6 +43,9 @@ Judgement: TypeAlias = dict[str, dict[str, Flags]]
 WARM_UP = 3
 FIXED, REFITTED = "fixed", "refitted"
 TORCH_PRUNING = "torch-pruning"
+PLAIN = "taylor, redundancy ignored"
+SPARING = ("taylor", "taha")
+"""Criteria whose scores count only what other units cannot say; the others are as published."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,7 @@ class Bench:
         self._checkpoint, self._farms, self._pool = checkpoint, list(farms), pool
         self._model, self.dense = backbone.load_backbone(checkpoint.path)
         self._scores: dict[Criterion, UnitScores] = {}
+        self._spared: dict[Criterion, UnitScores] = {}
         self._gradients: dict[str, Tensor] = {}
         self._moments: Moments | None = None
 
@@ -257,8 +262,21 @@ class Bench:
         """By one of our criteria, or by Torch-Pruning."""
         if criterion == TORCH_PRUNING:
             return self.torch_pruning(budget)
-        scores = self.agreed(criterion)  # type: ignore[arg-type]
+        scores = self._counted(criterion)
         return choose_mask(scores, Mask.dense(self.dense), self.dense, budget)
+
+    def _counted(self, criterion: str) -> UnitScores:
+        """The scores that a mask goes by."""
+        name: Criterion = "taylor" if criterion == PLAIN else criterion  # type: ignore[assignment]
+        if criterion not in SPARING:
+            return self.agreed(name)
+        if name not in self._spared:
+            self._spared[name] = self.spare(self.agreed(name))
+        return self._spared[name]
+
+    def spare(self, scores: UnitScores) -> UnitScores:
+        """Scores less what other units can say instead."""
+        return irreplaceable(scores, self._model, self._second_moments())
 
     def cut(self, criterion: str, budget: Budget, methods: Sequence[Method]) -> Cut:
         """Choose the mask of a budget, and judge it with each compensation."""

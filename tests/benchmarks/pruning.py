@@ -30,6 +30,7 @@ from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.benchmarks.frontier import Curve, draw
 from tests.benchmarks.oneshot import (
     FIXED,
+    PLAIN,
     REFITTED,
     TORCH_PRUNING,
     Bench,
@@ -42,7 +43,7 @@ from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
 """In the order of their cells: what matters most first."""
-CRITERIA: tuple[str, ...] = (*get_args(Criterion), TORCH_PRUNING)
+CRITERIA: tuple[str, ...] = (*get_args(Criterion), PLAIN, TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = "taylor"
 DENSE = "dense"
@@ -95,8 +96,8 @@ def event_cell(runs: Runs, seed: int) -> Cell:
     torch.set_num_threads(1)
     begin, cpu = time.perf_counter(), time.process_time()
     try:
-        dense = Mask.dense(fresh.dense)
-        mask = choose_mask(scores, dense, fresh.dense, Budget(macs_kept=RATIOS[0]))
+        dense, budget = Mask.dense(fresh.dense), Budget(macs_kept=RATIOS[0])
+        mask = choose_mask(fresh.spare(scores), dense, fresh.dense, budget)
         fresh.save_anchors(fresh.save_cut(mask, METHODS[-1], runs.checkpoint.folder))
     finally:
         torch.set_num_threads(threads)

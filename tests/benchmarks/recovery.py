@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from common.budget import Budget
-from common.config import Criterion, PlanConfig, TrainConfig
+from common.config import PlanConfig, TrainConfig
 from common.mask import Mask
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
-from tests.benchmarks.oneshot import REFITTED, TORCH_PRUNING, Bench, Checkpoint
+from tests.benchmarks.oneshot import PLAIN, REFITTED, SPARING, TORCH_PRUNING, Bench, Checkpoint
 
 ROUNDS, EVENTS = 8, 3
 """Events end rounds 1, 3 and 5; three rounds of recovery follow the last."""
@@ -23,6 +23,7 @@ CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
     ("taylor", 0.5, (0, 1, 2)),
     ("taylor", 0.64, (0, 1, 2)),
+    (PLAIN, 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
     (TORCH_PRUNING, 0.5, (0, 1)),
@@ -38,8 +39,12 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
     plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=0, max_drop_ratio=1.0)
     if name == "dense":
         return plan
-    criterion: Criterion = name  # type: ignore[assignment]
-    changes = {"criterion": criterion, "prune_macs": round(1 - ratio, 6)}
+    criterion = "taylor" if name == PLAIN else name
+    changes = {
+        "criterion": criterion,
+        "redundancy": name in SPARING,
+        "prune_macs": round(1 - ratio, 6),
+    }
     return PlanConfig.model_validate(plan.model_dump() | changes)
 
 
