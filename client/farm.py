@@ -52,6 +52,7 @@ from common.messages import (
     Reply,
     Request,
     Work,
+    spoken,
 )
 from common.scores import encode_neurons
 from common.spec import ModelSpec
@@ -100,7 +101,10 @@ class Farm:
         return cls(config, folder, state)
 
     def handle(self, request: Request) -> Reply:
-        """Answer a request; what cannot be done is answered with a refusal that says why."""
+        """Answer a request, in its protocol; what cannot be done is refused, with the reason."""
+        return spoken(self._handled(request), request.protocol)
+
+    def _handled(self, request: Request) -> Reply:
         try:
             if isinstance(request, HelloRequest):
                 return self._hello()

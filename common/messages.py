@@ -3,21 +3,21 @@
 A request names its round exactly (run, round, attempt) and what it stands on (base and mask
 digest), so that it can be repeated, cached and de-duplicated. A reply never holds a label, a
 class name, an image, a per-image value or a classifier: there is no field for them, and unknown
-fields are refused on both sides.
+fields are refused on both sides. What an older protocol has is in common/protocols.py.
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError
 from pydantic_core import core_schema
 
+from common import protocols
 from common.config import Criterion, PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
-
-PROTOCOL = 3
+from common.protocols import PROTOCOL
 
 Array: TypeAlias = npt.NDArray[Any]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -34,7 +34,8 @@ def _array_of(dtype: type[np.generic]) -> GetPydanticSchema:
         return value
 
     return GetPydanticSchema(
-        lambda _type, _handler: core_schema.no_info_plain_validator_function(check)
+        lambda _type, _handler: core_schema.no_info_plain_validator_function(check),
+        lambda _schema, _handler: {"type": f"array of {dtype.__name__}"},
     )
 
 
@@ -47,7 +48,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    protocol: int = Field(default=PROTOCOL, ge=1, le=1_000_000)
+    protocol: int = Field(default=PROTOCOL, ge=1, le=1_000_000, description="it is written in")
 
 
 class Work(Message):
@@ -171,7 +172,11 @@ class EvaluateReply(Done):
 
 
 class Refusal(Message):
-    """A farm that cannot do what was asked says why."""
+    """A farm that cannot do what was asked says why.
+
+    It looks the same in every protocol: the number of one that refuses a protocol is the one that
+    its farm speaks.
+    """
 
     kind: Literal["refusal"] = "refusal"
     reason: Literal["protocol", "missing_base", "bad_request", "data", "internal"]
@@ -192,6 +197,42 @@ KINDS: dict[str, type[Request | Reply]] = {
 }
 
 
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def spoken(message: AnyMessage, protocol: int) -> AnyMessage:
+    """The message in that protocol.
+
+    Raises:
+        ProtocolError: that protocol lacks what a request asks for, or a value; names it.
+    """
+    kind = type(message).model_fields["kind"].default
+    for one in protocols.additions(kind, protocol):
+        value, unset = _value_and_default(message, one.path)
+        if one.value is not None:
+            needed = value == one.value
+        else:  # only a request needs what it says
+            said = isinstance(value, np.ndarray) or value != unset
+            needed = said and isinstance(message, get_args(Request))
+        if needed:
+            raise ProtocolError(
+                f"protocol {protocol} has no {one.words}; upgrade the side that speaks {protocol}, "
+                "or leave that out",
+                RejectReason.PROTOCOL,
+            )
+    return message.model_copy(update={"protocol": protocol})
+
+
+def _value_and_default(message: BaseModel, path: tuple[str, ...]) -> tuple[Any, Any]:
+    """Of a field of a message; nothing for both inside of a part that is absent."""
+    for name in path[:-1]:
+        message = getattr(message, name)
+        if message is None:
+            return None, None
+    field = type(message).model_fields[path[-1]]
+    return getattr(message, path[-1]), field.get_default(call_default_factory=True)
+
+
 def to_parts(message: Request | Reply) -> tuple[str, dict[str, Array]]:
     """A message as canonical JSON text and its arrays by field name; absent fields are left out."""
     fields: dict[str, Any] = {}
@@ -201,6 +242,9 @@ def to_parts(message: Request | Reply) -> tuple[str, dict[str, Array]]:
             arrays[name] = value
         elif value is not None:
             fields[name] = value.model_dump() if isinstance(value, BaseModel) else value
+    fields, arrays = (
+        protocols.without(message.kind, one, message.protocol) for one in (fields, arrays)
+    )
     return json.dumps(fields, sort_keys=True, separators=(",", ":")), arrays
 
 
@@ -216,14 +260,13 @@ def from_parts(text: str, arrays: dict[str, Array]) -> Request | Reply:
         protocol, kind = fields["protocol"], KINDS[fields["kind"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"not a message: {type(error).__name__} {error}") from error
-    if protocol != PROTOCOL:
-        raise ProtocolError(
-            f"the other side speaks protocol {protocol}, this side {PROTOCOL}; "
-            "install the same release on both",
-            RejectReason.PROTOCOL,
-        )
+    if type(protocol) is not int:
+        raise ProtocolError(f"protocol {protocol!r:.40} is no number")
+    if kind is not Refusal:
+        protocols.require_spoken(protocol)
     if not fields.keys().isdisjoint(arrays):
         raise ProtocolError(f"field given twice: {sorted(fields.keys() & arrays)}")
+    protocols.require_known(fields["kind"], fields | arrays, protocol)
     try:
         return kind.model_validate(fields | arrays)
     except ValidationError as error:

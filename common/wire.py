@@ -32,8 +32,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 from numpy.lib import format as npy
 from pydantic import ValidationError
 
+from common import protocols
 from common.errors import ProtocolError, RejectReason
-from common.messages import PROTOCOL, Bytes, Floats, Message, Reply, Request
+from common.messages import Bytes, Floats, Message, Refusal, Reply, Request
 
 MAX_ARRAY_BYTES = 2_000_000_000
 MAX_JSON_BYTES = 1_000_000
@@ -60,6 +61,7 @@ def to_record(message: Request | Reply) -> RecordDict:
     """The record of a message; its arrays are copied."""
     arrays = {name: getattr(message, name) for name in _array_fields(type(message))}
     present = {name: array for name, array in arrays.items() if array is not None}
+    present = protocols.without(message.kind, present, message.protocol)
     small = {name: a.tobytes() for name, a in present.items() if a.nbytes <= SMALL_BYTES}
     large = {name: Array(array) for name, array in present.items() if name not in small}
     text = _text_of(message)
@@ -97,6 +99,7 @@ def size_of(record: RecordDict) -> int:
 def _text_of(message: Message) -> str:
     left_out = _ENVELOPE | set(_array_fields(type(message)))
     values = message.model_dump(mode="json", exclude=left_out)
+    values = protocols.without(_kind_name(type(message)), values, message.protocol)
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -120,7 +123,7 @@ def from_record(record: RecordDict, max_array_bytes: int = MAX_ARRAY_BYTES) -> R
     """The message of a record. Its arrays are read-only views of the record's bytes.
 
     Raises:
-        ProtocolError: PROTOCOL for another protocol version, OVERSIZED for an array or text that
+        ProtocolError: PROTOCOL for a number that is not spoken, OVERSIZED for an array or text that
             is too large, MALFORMED for anything else that is not exactly a message; names the
             record, key or field.
     """
@@ -134,6 +137,7 @@ def from_record(record: RecordDict, max_array_bytes: int = MAX_ARRAY_BYTES) -> R
     arrays |= large
     if clash := (_ENVELOPE | arrays.keys()) & values.keys():
         raise ProtocolError(f"{_kind_name(kind)}: '{min(clash)}' does not belong into the JSON")
+    protocols.require_known(_kind_name(kind), {**values, **arrays}, envelope["protocol"])
     try:
         message = kind.model_validate(
             {**values, **arrays, "protocol": envelope["protocol"], "kind": envelope["kind"]}
@@ -154,12 +158,8 @@ def _envelope(record: RecordDict) -> Mapping[str, Any]:
     protocol = envelope.get("protocol")
     if type(protocol) is not int:
         raise ProtocolError(f"record '{MESSAGE}' has no protocol number")
-    if protocol != PROTOCOL:
-        raise ProtocolError(
-            f"message of protocol {protocol}, this program speaks {PROTOCOL}; "
-            "install the same fieldfed version on both sides",
-            RejectReason.PROTOCOL,
-        )
+    if envelope.get("kind") != _kind_name(Refusal):
+        protocols.require_spoken(protocol)
     _refuse_unknown("record", record.keys(), {MESSAGE, ARRAYS})
     return envelope
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from common.config import RoundConfig
-from common.errors import RejectReason
+from common.errors import ProtocolError, RejectReason
 from common.messages import Reply, Request
 from server.link import Clock, Delivery, FarmLink
 
@@ -46,10 +46,10 @@ class Exchange:
 
     Attributes:
         nodes: the farms to ask, in this order where they have to take turns.
-        request: makes the request for (node, attempt).
+        request: makes the request for (node, attempt); a ProtocolError leaves the farm out.
         accept: judges (node, attempt, reply, size in bytes).
         sent: told of (node, attempt, size in bytes) for every message sent.
-        fault: told of (node, reason, detail) for every message lost or malformed.
+        fault: told of (node, reason, detail) for every message lost, malformed or not made.
         late: judges an answer owed from an earlier exchange, as ``accept`` does.
     """
 
@@ -189,8 +189,14 @@ class Collector:
             if not farm.flights and progress.at_work >= rules.max_in_flight:
                 continue
             farm.attempt += 1
+            try:
+                request = exchange.request(farm.node, farm.attempt)
+            except ProtocolError as error:  # the farm is too old for it
+                exchange.fault(farm.node, error.reason, str(error))
+                progress.settle(farm, False)
+                continue
             left = farm.deadline - now
-            sent = self._link.send(farm.node, exchange.request(farm.node, farm.attempt), left)
+            sent = self._link.send(farm.node, request, left)
             progress.launch(farm, sent.message_id)
             farm.next_at = now + self._jittered(rules.patience_seconds)
             exchange.sent(farm.node, farm.attempt, sent.size_bytes)

@@ -217,6 +217,9 @@ class Intake:
         if isinstance(reply, Refusal):
             reason = RejectReason.REFUSED
             if reply.reason == "protocol":
+                if self._requests.farm_speaks(node, reply.protocol):
+                    log.info("node %d is asked in its protocol, %d", node, reply.protocol)
+                    return Verdict.RETRY
                 reason = RejectReason.PROTOCOL
             self.quarantine(number, node, reason, f"{reply.reason}: {reply.detail}")
         else:

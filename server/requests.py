@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from common.config import ServerConfig
-from common.messages import AlignRequest, EvaluateRequest
+from common.messages import AlignRequest, AnyMessage, EvaluateRequest, HelloRequest, spoken
+from common.protocols import PROTOCOL, SCHEMAS
 from server.bodies import Bodies
 from server.close import Base, Work
 from server.models import Models
@@ -24,6 +25,16 @@ class Requests:
         self._held: dict[int, set[str]] = {}
         self._anchored: dict[int, str] = {}
         self._folded: dict[int, int] = {}
+        self._speaks: dict[int, int] = {}
+
+    def farm_speaks(self, node: int, protocol: int) -> bool:
+        """A farm refused our protocol and named its own; whether it can be asked again in that."""
+        known = self._speaks.get(node, PROTOCOL)
+        if protocol == known or protocol not in SCHEMAS:
+            return False
+        self._speaks[node] = protocol
+        self._fetching.discard(node)  # it says so anew, if it still can
+        return True
 
     def farm_holds(self, node: int, digests: Iterable[str]) -> None:
         """A farm said, or showed by its reply, that it holds these backbones."""
@@ -47,11 +58,19 @@ class Requests:
         self._fetching.discard(node)  # the hub may be what failed
         self._anchored.pop(node, None)
 
+    def hello(self, node: int, _attempt: int) -> HelloRequest:
+        """Who are you?"""
+        return self._spoken(node, HelloRequest())
+
     def align(
         self, node: int, attempt: int, work: Work, budgets: Mapping[int, int]
     ) -> AlignRequest:
-        """One round of alignment, with at most as many steps as the farm's budget."""
-        return AlignRequest(
+        """One round of alignment, with at most as many steps as the farm's budget.
+
+        Raises:
+            ProtocolError: the farm's protocol cannot say it.
+        """
+        request = AlignRequest(
             **self._work(node, attempt, work.number, work.base),
             train=self._config.train,
             **self._anchors(node, work),
@@ -60,6 +79,7 @@ class Requests:
             folded=self._folded.get(node),
             privacy=self._config.privacy,
         )
+        return self._spoken(node, request)
 
     def evaluate(
         self,
@@ -71,14 +91,18 @@ class Requests:
         part: Literal["test", "decide"],
         local_rounds: int,
     ) -> EvaluateRequest:
-        """A report on ``base``, or on what the farm learns alone from it."""
-        return EvaluateRequest(
+        """A report on ``base``, or on what the farm learns alone from it; raises as ``align``."""
+        request = EvaluateRequest(
             **self._work(node, attempt, number, base),
             train=self._config.train,
             label=label,
             part=part,
             local_rounds=local_rounds,
         )
+        return self._spoken(node, request)
+
+    def _spoken(self, node: int, request: AnyMessage) -> AnyMessage:
+        return spoken(request, self._speaks.get(node, PROTOCOL))
 
     def _work(self, node: int, attempt: int, number: int, base: Base) -> dict[str, Any]:
         return {

@@ -19,7 +19,6 @@ from common.errors import DiskError, FieldfedError, StateError
 from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
-from common.messages import HelloRequest
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, quorum_of
 from server.guard import accuracies, judge
@@ -193,14 +192,17 @@ class RoundLoop:
         if strangers:
             exchange = Exchange(
                 nodes=strangers,
-                request=lambda _node, _attempt: HelloRequest(),
+                request=self._requests.hello,
                 accept=self._intake.hello(),
                 sent=lambda _node, _attempt, _size: None,
                 fault=partial(self._intake.quarantine, 0),
             )
             # a hello trains nothing: nobody needs to wait for a turn
+            rules = self._config.rounds
             changes = {"max_in_flight": len(strangers), "mode": "sync"}
-            self._ask(exchange, self._config.rounds.model_copy(update=changes), 0)
+            # an older farm says which protocol it speaks, and is asked again
+            changes["attempts"] = max(2, rules.attempts)
+            self._ask(exchange, rules.model_copy(update=changes), 0)
 
     def _ask(
         self,

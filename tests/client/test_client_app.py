@@ -12,7 +12,8 @@ from flwr.supercore.task_identity import TaskIdentity
 import client.app
 from client.ledger import FILE, Ledger, Total
 from common.errors import DataError
-from common.messages import PROTOCOL, AlignRequest, HelloReply, HelloRequest, Refusal
+from common.messages import AlignRequest, HelloReply, HelloRequest, Refusal
+from common.protocols import PROTOCOL
 from common.wire import from_record, message_type, size_of, to_record
 
 DIGEST, OTHER = "d" * 64, f"protocol {PROTOCOL + 1}"

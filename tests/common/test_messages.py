@@ -8,7 +8,6 @@ import pytest
 from common.config import TrainConfig
 from common.errors import ProtocolError, RejectReason
 from common.messages import (
-    PROTOCOL,
     AlignReply,
     AlignRequest,
     EvaluateReply,
@@ -17,6 +16,7 @@ from common.messages import (
     from_parts,
     to_parts,
 )
+from common.protocols import PROTOCOL
 
 DIGEST = "a" * 64
 REPLY = AlignReply(

@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from common.config import TrainConfig
 from common.errors import ProtocolError, RejectReason
 from common.messages import (
-    PROTOCOL,
     AlignReply,
     AlignRequest,
     EvaluateReply,
@@ -24,6 +23,7 @@ from common.messages import (
     Reply,
     Request,
 )
+from common.protocols import PROTOCOL
 from common.wire import MAX_JSON_BYTES, from_record, message_type, size_of, to_record
 
 DIGEST = "a" * 64

@@ -16,7 +16,6 @@ import pytest
 from common.config import FarmConfig, ServerConfig
 from common.errors import ConfigError, LaunchError
 from common.messages import (
-    PROTOCOL,
     AlignReply,
     AlignRequest,
     EvaluateReply,
@@ -25,6 +24,7 @@ from common.messages import (
     HelloRequest,
 )
 from common.processes import wait_for_port
+from common.protocols import PROTOCOL
 from server.launch import Network, run_status, serve
 from tests.system.conftest import FARMS, ROOT, Plant, start_plant, write_bundle
 from tests.system.proxy import PREFIX, Exchange
