@@ -15,7 +15,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: demo test system audit bench-bytes bench-edge bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
-  dashboards sbom fuzz idle liars scale stragglers lint format clean
+  dashboards reference sbom fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -48,6 +48,10 @@ chaos-updater: $(STAMP)
 # After a change to deploy/grafana/*.py or to deploy/runbooks.md.
 dashboards: $(STAMP)
 	$(BIN)/python -m deploy.grafana.dashboards
+
+# After a change to a command, a setting, an exit code or a metric.
+reference: $(STAMP)
+	$(BIN)/python -m deploy.reference
 
 # What is installed, as a CycloneDX bill of materials. The tool that writes it has an environment of
 # its own, so that it does not list itself.

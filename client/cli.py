@@ -71,7 +71,7 @@ def init(
 def run_farm(folder: Folder, log: LogOption = "text") -> None:
     """Take part until Ctrl-C: train when asked, follow versions, watch the camera, tell of it.
 
-    What is not in farm.toml, or not joined, is left out: [broker], [watch], the network.
+    What is not in farm.toml, or not joined, is left out: broker, camera, network.
     """
     from client.agent import run_device
 

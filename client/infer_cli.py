@@ -47,8 +47,8 @@ def distil(
     out: Annotated[Path, typer.Option(help="file to write")],
     student: Annotated[str, typer.Option(help="a timm network")] = "mobilenetv3_small_100",
     weights: Annotated[Path | None, typer.Option(help="safetensors to begin with")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 60,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    epochs: Annotated[int, typer.Option(help="over the fit part", min=1)] = 60,
+    seed: Annotated[int, typer.Option(help="of everything that is drawn", min=0)] = 0,
     int8: Annotated[bool, typer.Option("--int8", help="8 bits: smaller and faster")] = False,
     log: LogOption = "text",
 ) -> None:

@@ -24,16 +24,19 @@ class _Line(ssl.SSLSocket):
 class Broker(Section):
     """Where the broker of a network is; TLS is on when ``ca`` is given."""
 
-    host: Annotated[str, Field(min_length=1)]
+    host: Annotated[str, Field(min_length=1, description="name or address of the broker")]
     ca: Path | None = Field(default=None, description="PEM of the authority that vouches for it")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
-        default_factory=lambda known: 8883 if known.get("ca") else 1883
+        default_factory=lambda known: 8883 if known.get("ca") else 1883,
+        description="unset: 8883 with 'ca', else 1883",
     )
-    username: str | None = None
-    password: SecretStr | None = None
+    username: str | None = Field(default=None, description="where no certificate is shown")
+    password: SecretStr | None = Field(default=None, description="of that user")
     certificate: Path | None = Field(default=None, description="PEM of our own, with 'key'")
-    key: Path | None = None
-    keepalive: Annotated[int, Field(ge=5, le=3600, description="seconds")] = 60
+    key: Path | None = Field(default=None, description="PEM that goes with 'certificate'")
+    keepalive: Annotated[int, Field(ge=5, le=3600)] = Field(
+        default=60, description="seconds between signs of life"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

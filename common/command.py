@@ -1,12 +1,16 @@
 """What both commands share: options, one-line errors and numbered exit codes."""
 
+import inspect
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import click
 import typer
+from typer.core import TyperArgument
+from typer.main import get_command
+from typer.models import ArgumentInfo
 
 from common.errors import ConfigError, FieldfedError, StateError
 from common.files import write_atomically
@@ -20,10 +24,33 @@ LogOption = Annotated[
 ]
 
 
+def command_of(app: typer.Typer) -> click.Command:
+    """The commands of a program.
+
+    typer 0.20, which Flower pins, sets what an argument is for before click 8.5 takes it away; it
+    is given back here.
+    """
+    command = get_command(app)
+    _describe(command)
+    return command
+
+
+def _describe(command: click.Command) -> None:
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _describe(one)
+    elif command.callback is not None:
+        hints = get_type_hints(inspect.unwrap(command.callback), include_extras=True)
+        for argument in command.params:
+            if isinstance(argument, TyperArgument):
+                said = get_args(hints[argument.name or ""])
+                argument.help = next(o.help for o in said if isinstance(o, ArgumentInfo))
+
+
 def run(app: typer.Typer) -> None:
     """Run a command line; expected errors become one line and their exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = command_of(app)(standalone_mode=False)
     except FieldfedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -21,16 +21,18 @@ LEARNING_RATES = {"bias": 3e-3, "attention": 1e-4, "lora": 1e-3, "full": 3e-5}
 class TrainConfig(Section):
     """How a farm aligns its copy of the backbone in one round; travels in every request."""
 
-    trainable: Literal["bias", "attention", "lora", "full"] = "lora"
+    trainable: Literal["bias", "attention", "lora", "full"] = Field(
+        default="lora", description="what a farm learns and sends"
+    )
     rank: int = Field(default=1, ge=1, le=64, description="of the factors of lora")
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the fit part per round")
-    batch_size: int = Field(default=16, ge=8, le=1024)
+    batch_size: int = Field(default=16, ge=8, le=1024, description="images per step")
     lr: float | None = Field(
         default=None, gt=0, le=1, description="of the backbone (AdamW); unset: what suits the set"
     )
-    classifier_lr: float = Field(default=1e-3, gt=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    classifier_lr: float = Field(default=1e-3, gt=0, le=1, description="AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share for other classes")
     dal: Literal["mmd", "coral"] = Field(default="mmd", description="domain alignment loss")
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
@@ -80,11 +82,13 @@ class TargetsConfig(Section):
 class PlanConfig(Section):
     """What a run does: its rounds and its prune events."""
 
-    rounds: int = Field(default=6, ge=1, le=10_000)
+    rounds: int = Field(default=6, ge=1, le=10_000, description="of a run")
     prune_heads: float | None = Field(default=None, description="share of heads removed, (0, 1)")
     prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
-    targets: TargetsConfig | None = Field(default=None, description="instead of either")
-    prune_events: int = Field(default=2, ge=1, le=100)
+    targets: TargetsConfig | None = Field(
+        default=None, description="absent: prune_heads or prune_macs says how far to go"
+    )
+    prune_events: int = Field(default=2, ge=1, le=100, description="cuts on the way")
     warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
     criterion: Criterion = Field(
         default="taylor", description="how farms score heads and neurons (client/criteria.py)"
@@ -102,7 +106,9 @@ class PlanConfig(Section):
     kappa: float = Field(
         default=0.25, ge=0, le=1, description="share of the maximum over farms, with mean"
     )
-    consensus: Literal["mean", "median", "trimmed"] = "mean"
+    consensus: Literal["mean", "median", "trimmed"] = Field(
+        default="mean", description="how scores of many farms become one"
+    )
     max_drop_ratio: float = Field(
         default=0.05, ge=0, le=1, description="accuracy a prune event may cost after its recovery"
     )
@@ -184,7 +190,7 @@ class RoundConfig(Section):
     )
     max_in_flight: int = Field(default=64, ge=1, le=10_000, description="farms at work at once")
     min_farms: int = Field(default=1, ge=1, description="farms that must be online to start")
-    max_reply_bytes: int = Field(default=200_000_000, ge=1)
+    max_reply_bytes: int = Field(default=200_000_000, ge=1, description="longer ones are refused")
     aggregation: Aggregation = Field(default="mean", description="how updates become one")
     clip: float = Field(
         default=3.0, gt=0, description="longer updates are cut to this multiple of the median norm"
@@ -236,17 +242,19 @@ class PrivacyConfig(Section):
 class BackboneConfig(Section):
     """Which backbone the network shares and where it comes from."""
 
-    name: str = "vit_small_patch14_dinov2"
-    image_size: int = Field(default=112, ge=16, le=2048)
-    options: dict[str, int] = Field(default_factory=dict)
+    name: str = Field(default="vit_small_patch14_dinov2", description="timm name")
+    image_size: int = Field(default=112, ge=16, le=2048, description="pixels, of each side")
+    options: dict[str, int] = Field(default={}, description="for timm: depth, embed_dim, ...")
     weights: str | None = Field(default=None, description="safetensors file, hub[:NAME], or none")
     source: Path | None = Field(default=None, description="folder of the source species")
     epochs: int = Field(default=0, ge=0, le=1000, description="training epochs on the source")
-    lr: float = Field(default=3e-4, gt=0, le=1)
+    lr: float = Field(default=3e-4, gt=0, le=1, description="of those epochs (AdamW)")
     interpolation: float = Field(
         default=1.0, ge=0, le=1, description="1: the trained weights, 0: the start (WiSE-FT)"
     )
-    anchor_images: int = Field(default=512, ge=16, le=100_000)
+    anchor_images: int = Field(
+        default=512, ge=16, le=100_000, description="of the source, for anchors and compensation"
+    )
     token_macs: float | None = Field(
         default=None, gt=0, lt=1, description="share of the MACs that token sampling leaves"
     )
@@ -259,15 +267,17 @@ class BackboneConfig(Section):
 class NetworkConfig(Section):
     """Names, folders and ports of the server."""
 
-    name: str = Field(default="fieldfed", pattern=r"^[A-Za-z0-9_-]{1,40}$")
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
+    name: str = Field(
+        default="fieldfed", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="of the network"
+    )
+    host: str = Field(default="127.0.0.1", description="SuperLink's; others come in by [door]")
+    port: int = Field(default=8000, ge=1, le=65535, description="SuperLink's, for farms")
 
 
 class ServerConfig(Section):
     """``server.toml``: everything the server needs."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything that is drawn")
     server: NetworkConfig = Field(default_factory=NetworkConfig)
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
@@ -300,7 +310,7 @@ Hour = Annotated[int, Field(ge=0, le=23)]
 class FarmSection(Section):
     """Who the farm is, where its images are and whom it talks to."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$", description="of the farm in its network")
     data: Path = Field(description="CLASS/*.jpg, or train/CLASS and test/CLASS")
     superlink: str | None = Field(
         default=None,
@@ -329,7 +339,7 @@ class FarmSection(Section):
         default=None, description="local hours, from and to; unset: always, metered at night"
     )
     per_class: int | None = Field(default=None, ge=5, description="few-shot: training images used")
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the few-shot draw")
     threads: int = Field(default=0, ge=0, le=256, description="CPU threads; 0: all")
     turns: Path | None = Field(
         default=None, description="folder shared by farms on one machine: they take turns at work"
@@ -366,7 +376,7 @@ class FarmSection(Section):
 class WatchConfig(Section):
     """A folder into which a camera drops photographs, which the device classifies."""
 
-    folder: Path
+    folder: Path = Field(description="where photographs appear")
     quota_bytes: int | None = Field(
         default=None, ge=1_000_000, description="of photographs; the oldest go; unset: none ever"
     )

@@ -21,12 +21,14 @@ class DoorConfig(Section):
     """Where farms on other machines come in, over mutual TLS."""
 
     host: str = Field(default="127.0.0.1", description="to listen on; 0.0.0.0: everywhere")
-    port: int = Field(default=PORT, ge=1, le=65535)
+    port: int = Field(default=PORT, ge=1, le=65535, description="to listen on")
     names: tuple[str, ...] = Field(
         default=(), description="names and addresses by which farms reach it"
     )
     connections: int = Field(default=2048, ge=1, le=100_000, description="open at once")
-    connections_per_farm: int = Field(default=16, ge=2, le=1000)
+    connections_per_farm: int = Field(
+        default=16, ge=2, le=1000, description="of those, by one farm"
+    )
     requests_per_second: float = Field(
         default=50.0, gt=0, le=10_000, description="of each farm, beyond a burst; more wait"
     )

@@ -19,7 +19,10 @@ from enum import StrEnum
 
 
 class FieldfedError(Exception):
-    """Base of all expected errors; commands print it as one line and exit with ``exit_code``."""
+    """An error without a kind of its own.
+
+    Base of all expected errors; commands print it as one line and exit with ``exit_code``.
+    """
 
     exit_code = 1
 

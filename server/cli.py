@@ -161,7 +161,7 @@ def up(folder: Folder, log: LogOption = "text") -> None:
 )
 def train(
     folder: Folder,
-    rounds: Annotated[int | None, typer.Option(help="instead of [plan] rounds")] = None,
+    rounds: Annotated[int | None, typer.Option(help="instead of the plan's")] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
     criterion: Annotated[
