@@ -6,13 +6,15 @@ STAMP := $(VENV)/.installed
 AUDIT := build/audit
 
 # make demo DATA=DIR WEIGHTS=FILE [COMPARE=1] [PER_CLASS=40] [ROUNDS=6] \
-#   [PRUNE_HEADS=0.4 | PRUNE_MACS=0.5] [SEED=0] [OUT=demo-output]
+#   [PRUNE_HEADS=0.4 | PRUNE_MACS=0.5] [CRITERION=taylor] [SETTINGS=FILE.toml] [SEED=0] \
+#   [OUT=demo-output]
 OUT ?= demo-output
 DEMO_FLAGS = --out $(OUT) \
   $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS)) \
   $(if $(filter-out 0,$(COMPARE)),--compare) $(if $(PER_CLASS),--per-class $(PER_CLASS)) \
   $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PRUNE_HEADS),--prune-heads $(PRUNE_HEADS)) \
-  $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(SEED),--seed $(SEED))
+  $(if $(PRUNE_MACS),--prune-macs $(PRUNE_MACS)) $(if $(CRITERION),--criterion $(CRITERION)) \
+  $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: demo test system audit bench-bytes bench-edge bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
   dashboards reference sbom fuzz idle liars scale stragglers lint format clean

@@ -10,7 +10,8 @@
 
 To add one: write a function from :class:`Scoring` to :class:`FarmScores`, enter it in ``CRITERIA``
 and its name in ``common.config.Criterion``; consensus, mask, report and the tests of all criteria
-take it from there.
+take it from there. Farms of an older release cannot be asked for it: common/protocols.py says what
+that needs.
 """
 
 from collections.abc import Callable, Mapping

@@ -5,14 +5,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import NetworkConfig, ServerConfig
+from common.config import Criterion, NetworkConfig, ServerConfig
 from common.errors import StateError
 from common.settings import load_settings, validate
 from server.enrol_cli import enrol_app
@@ -32,6 +32,9 @@ app.add_typer(enrol_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(rollout_app, name="rollout")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
+CriterionName = Annotated[
+    str | None, typer.Option(help=f"how units are scored: {', '.join(get_args(Criterion))}")
+]
 Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml and its state")]
 
 SETTINGS = """\
@@ -164,9 +167,7 @@ def train(
     rounds: Annotated[int | None, typer.Option(help="instead of the plan's")] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="taylor, taha, l1gates, magnitude or random")
-    ] = None,
+    criterion: CriterionName = None,
     label: Annotated[str, typer.Option(help="name of the closing report")] = "model",
     log: LogOption = "text",
 ) -> None:
@@ -321,6 +322,10 @@ def demo(
     ] = None,
     prune_heads: Annotated[float | None, typer.Option(help="share of heads removed")] = None,
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
+    criterion: CriterionName = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="TOML with what shall differ: sections of server.toml")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of everything")] = 0,
     log: LogOption = "text",
 ) -> None:
@@ -340,6 +345,8 @@ def demo(
         rounds=rounds,
         prune_heads=prune_heads,
         prune_macs=prune_macs,
+        criterion=criterion,
+        settings=settings,
         seed=seed,
         command=" ".join(["fieldfed-server", *sys.argv[1:]]),
     )

@@ -14,22 +14,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from common.command import replace_folder
-from common.config import (
-    BackboneConfig,
-    NetworkConfig,
-    PlanConfig,
-    RoundConfig,
-    ServerConfig,
-    TrainConfig,
-)
-from common.errors import DataError, QualityError
+from common.config import BackboneConfig, ServerConfig
+from common.errors import ConfigError, DataError, QualityError
 from common.files import write_atomically
 from common.processes import Child, free_port, stop_all
+from common.settings import load_settings, validate
 from server.compare import Interval, paired_bootstrap, verdict
 from server.follow import progress_bar
 from server.launch import Network, serve
@@ -48,6 +43,9 @@ SAMPLES = 6
 WORST_DROP = 0.05
 AT_WORK_AT_ONCE = 2
 DRAWN_ROUNDS = 3
+BUDGETS = {"prune_heads", "prune_macs", "targets"}
+CHANGEABLE = {"backbone", "plan", "privacy", "rounds", "train"}
+"""Sections of server.toml that a file of settings may have."""
 
 # A tiny vision transformer that learns the drawn plants from nothing in a minute.
 DRAWN_BACKBONE = BackboneConfig(
@@ -74,6 +72,8 @@ class DemoOptions:
     rounds: int | None = None
     prune_heads: float | None = None
     prune_macs: float | None = None
+    criterion: str | None = None
+    settings: Path | None = None
     seed: int = 0
     command: str = "fieldfed-server demo"
 
@@ -136,7 +136,7 @@ def run_demo(options: DemoOptions, console: Console) -> Story:
                 ),
             )
         _run(stage, network, RunSettings(config=config, label="pruned", probe=not compare))
-    story = _tell(stage, farms, monotonic() - started)
+    story = _tell(stage, farms, config, monotonic() - started)
     console.print(terminal_table(story))
     stage.say(f"report: {options.out / 'report.html'}    figures: {options.out / 'result.json'}")
     if story.mean.pruned < story.mean.probe - WORST_DROP:
@@ -175,36 +175,57 @@ def _source(stage: Stage) -> Path:
 
 
 def _settings(stage: Stage, farms: int) -> ServerConfig:
+    """What the demo sets by itself, changed by the file of settings, changed by options."""
     options = stage.options
-    source = _source(stage)
-    if options.drawn:
-        backbone = DRAWN_BACKBONE.model_copy(update={"source": source})
-    else:
-        backbone = BackboneConfig(
-            name=options.backbone,
-            image_size=options.image_size,
-            weights=options.weights,
-            source=source,
-        )
-    heads = options.prune_heads
-    if heads is None and options.prune_macs is None:
-        heads = 0.4
-    return ServerConfig(
-        seed=options.seed,
-        server=NetworkConfig(name="demo", port=free_port()),
-        backbone=backbone,
-        plan=PlanConfig(
-            rounds=options.rounds or (DRAWN_ROUNDS if options.drawn else PlanConfig().rounds),
-            prune_heads=heads,
-            prune_macs=options.prune_macs,
-        ),
-        rounds=RoundConfig(
+    values: dict[str, Any] = {
+        "seed": options.seed,
+        "server": {"name": "demo", "port": free_port()},
+        "backbone": _backbone(options) | {"source": _source(stage)},
+        "plan": {"rounds": DRAWN_ROUNDS} if options.drawn else {},
+        "rounds": {
             # more than work at once: while two train, the next two start and wait for their turn
-            min_farms=farms,
-            max_in_flight=farms if options.drawn else 2 * AT_WORK_AT_ONCE,
-        ),
-        train=TrainConfig(),
-    )
+            "min_farms": farms,
+            "max_in_flight": farms if options.drawn else 2 * AT_WORK_AT_ONCE,
+        },
+    }
+    for section, changes in _changes(options).items():
+        values[section] = values.get(section, {}) | changes
+    if not BUDGETS & values["plan"].keys():
+        values["plan"]["prune_heads"] = 0.4
+    return validate(ServerConfig, values, str(options.settings or "the options"))
+
+
+def _backbone(options: DemoOptions) -> dict[str, Any]:
+    if options.drawn:
+        return DRAWN_BACKBONE.model_dump(exclude_unset=True)
+    return {
+        "name": options.backbone,
+        "image_size": options.image_size,
+        "weights": options.weights,
+    }
+
+
+def _changes(options: DemoOptions) -> dict[str, dict[str, Any]]:
+    """What the file of settings says, and then the options, by section."""
+    found: dict[str, dict[str, Any]] = {}
+    if options.settings is not None:
+        found = load_settings(ServerConfig, options.settings).model_dump(exclude_unset=True)
+        if others := found.keys() - CHANGEABLE:
+            raise ConfigError(
+                f"'{options.settings}' has '{min(others)}', which the demo sets by itself or has "
+                f"no use for; it may have sections {', '.join(sorted(CHANGEABLE))}"
+            )
+    plan = {
+        "rounds": options.rounds,
+        "prune_heads": options.prune_heads,
+        "prune_macs": options.prune_macs,
+        "criterion": options.criterion,
+    }
+    given = {key: value for key, value in plan.items() if value is not None}
+    kept = found.get("plan", {})
+    if BUDGETS & given.keys():  # an option replaces whatever budget the file has
+        kept = {key: value for key, value in kept.items() if key not in BUDGETS}
+    return found | {"plan": kept | given}
 
 
 def _pretrain(stage: Stage, config: ServerConfig) -> None:
@@ -261,7 +282,7 @@ def _run(stage: Stage, network: Network, settings: RunSettings) -> None:
 # --- after -------------------------------------------------------------------------------------
 
 
-def _tell(stage: Stage, farms: Sequence[str], seconds: float) -> Story:
+def _tell(stage: Stage, farms: Sequence[str], config: ServerConfig, seconds: float) -> Story:
     options = stage.options
     store = Store.open(stage.server_dir / "fieldfed.db", read_only=True)
     try:
@@ -271,7 +292,7 @@ def _tell(stage: Stage, farms: Sequence[str], seconds: float) -> Story:
             Models(stage.server_dir),
             stage.runs,
             title="Drawn plants" if options.drawn else f"Real plants: {stage.data}",
-            provenance=provenance(options.command, options.seed),
+            provenance=provenance(options.command, options.seed, config),
             interval=None if interval is None else (interval.low, interval.high),
             seconds=seconds,
         )

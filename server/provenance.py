@@ -5,14 +5,21 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.config import ServerConfig
 from server.story import Provenance
 
 PACKAGES = ("fieldfed", "flwr", "torch", "timm", "numpy")
 
 
-def provenance(command: str, seed: int) -> Provenance:
-    """Of a run that starts now."""
-    return Provenance(command=command, commit=commit(), versions=_versions(), seed=seed)
+def provenance(command: str, seed: int, config: ServerConfig | None = None) -> Provenance:
+    """Of a run that starts now; ``config`` is told as far as it differs from the defaults."""
+    settings = {}
+    if config is not None:
+        played = {"backbone", "plan", "rounds", "train", "privacy"}
+        settings = config.model_dump(mode="json", include=played, exclude_defaults=True)
+    return Provenance(
+        command=command, commit=commit(), versions=_versions(), seed=seed, settings=settings
+    )
 
 
 def commit() -> str:

@@ -4,6 +4,7 @@ Style, charts and sample leaves are inside the file; it asks for nothing and run
 its content security policy says so. Every chart also exists as a table under "All figures".
 """
 
+import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -369,6 +370,8 @@ def _provenance(story: Story) -> Element:
         ("Seed", str(facts.seed)),
         ("Versions", versions),
     ]
+    if facts.settings:
+        pairs.insert(3, ("Settings", node("code", json.dumps(facts.settings, sort_keys=True))))
     parts = [part for name, value in pairs for part in (node("dt", name), node("dd", value))]
     note = "How to get the same figures again."
     return _section("Provenance", note, node("dl", *parts, class_="facts"))

@@ -86,6 +86,7 @@ class Provenance(Chapter):
     commit: str
     versions: dict[str, str]
     seed: int
+    settings: dict[str, Any] = Field(default={}, description="other than the defaults")
 
 
 class PrivacyLine(Chapter):
@@ -176,7 +177,7 @@ class Story(Chapter):
             "rounds": len(self.played()),
             "seconds": self.seconds,
             "bytes_up_per_round": self.mean_bytes()[0],
-            "provenance": self.provenance.model_dump(),
+            "provenance": self.provenance.model_dump(exclude_defaults=True),
         }
 
 

@@ -63,7 +63,9 @@ class Cells:
 
     def finish(self, figures: Cell, seeds: Sequence[int], command: str | None = None) -> Path:
         """Write the result with its provenance; returns its path."""
-        about = provenance(command or f"make {self._name}", seeds[0]).model_dump(exclude={"seed"})
+        about = provenance(command or f"make {self._name}", seeds[0]).model_dump(
+            exclude={"seed"}, exclude_defaults=True
+        )
         about["seeds"] = list(seeds)
         path = self._root / "bench-output" / f"{self._name}.json"
         text = json.dumps({"provenance": about} | figures, indent=2, sort_keys=True)

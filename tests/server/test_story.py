@@ -92,6 +92,11 @@ def test_the_result_has_exactly_this_schema() -> None:
     }  # fmt: skip
 
 
+def test_settings_are_told_where_they_are_not_the_defaults() -> None:
+    where = Provenance(command="run", commit="abc", versions={}, seed=3, settings={"plan": {}})
+    assert told(provenance=where).result()["provenance"]["settings"] == {"plan": {}}
+
+
 def test_absent_runs_are_null() -> None:
     result = told(rounds=()).result()
     assert result["ci95_dense_minus_pruned"] is None
