@@ -30,10 +30,11 @@ from server.follow import progress_bar
 from server.launch import Network, serve
 from server.models import Models
 from server.plants import draw_dataset
-from server.pretrain import pretrain
+from server.pretrain import pretrain, shape_of
 from server.provenance import provenance
 from server.report import write_report
 from server.runs import play
+from server.search import planned
 from server.settings import RunSettings
 from server.store import Store
 from server.story import Story, terminal_table
@@ -192,7 +193,9 @@ def _settings(stage: Stage, farms: int) -> ServerConfig:
         values[section] = values.get(section, {}) | changes
     if not BUDGETS & values["plan"].keys():
         values["plan"]["prune_heads"] = 0.4
-    return validate(ServerConfig, values, str(options.settings or "the options"))
+    config = validate(ServerConfig, values, str(options.settings or "the options"))
+    planned(config.plan, shape_of(config.backbone), [])  # said now, not after pre-training
+    return config
 
 
 def _backbone(options: DemoOptions) -> dict[str, Any]:

@@ -33,8 +33,9 @@ from common.config import (
 )
 from common.mask import Mask
 from server.models import Models
-from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain
+from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain, shape_of
 from server.rounds import WallClock, run_rounds
+from server.search import planned
 from server.settings import RunSettings
 from server.store import opened_run
 from tests.lab.link import LabLink
@@ -161,6 +162,7 @@ def play(
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
     config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS, side)
+    planned(config.plan, shape_of(config.backbone), [])  # said before minutes have passed
     with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)
         if base is None:

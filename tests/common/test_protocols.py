@@ -48,6 +48,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocols, "ADDED", {PROTOCOL: added})
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is new in the present protocol, as it once was."""
+    fields = ("body_bytes", "body_kind=hub", "body_object")
+    of_work = [f"{kind}.{field}" for kind in ("align", "evaluate") for field in fields]
+    monkeypatch.setattr(protocols, "ADDED", {PROTOCOL: ("hello_reply.hub", *of_work)})
+
+
 def test_two_protocols_are_spoken_at_most_and_the_newest_adds_to_the_other() -> None:
     assert sorted(SCHEMAS) == [OLD, PROTOCOL]
     assert set(ADDED) == {PROTOCOL}
@@ -113,7 +121,7 @@ def test_a_refusal_is_read_whatever_its_number() -> None:
     assert not [name for names in ADDED.values() for name in names if name.startswith("refusal.")]
 
 
-def test_an_older_message_has_no_newer_field() -> None:
+def test_an_older_message_has_no_newer_field(hub: None) -> None:
     reply = HelloReply(farm="apple", examples=3, classes=2, hub=True)
     assert '"hub"' in to_record(reply)["message"]["json"]  # type: ignore[operator]
     old = spoken(reply, OLD)
@@ -130,12 +138,12 @@ def test_an_older_message_has_no_newer_field() -> None:
         from_parts(text.replace(f'"protocol":{PROTOCOL}', f'"protocol":{OLD}'), arrays)
 
 
-def test_a_request_that_needs_what_is_newer_is_not_made() -> None:
+def test_a_request_that_needs_what_is_newer_is_not_made(hub: None) -> None:
     whole = EvaluateRequest(**WORK, label="probe", body_kind="full", body=np.ones(9, np.uint8))
     assert spoken(whole, OLD).protocol == OLD
-    hub: dict[str, Any] = {"body_kind": "hub", "body_object": DIGEST, "body_bytes": 9}
+    fetched: dict[str, Any] = {"body_kind": "hub", "body_object": DIGEST, "body_bytes": 9}
     for request in (
-        EvaluateRequest(**WORK, label="probe", **hub),
+        EvaluateRequest(**WORK, label="probe", **fetched),
         AlignRequest(**WORK, body_object=DIGEST),
     ):
         with pytest.raises(ProtocolError, match=f"protocol {OLD} has no 'body") as told:

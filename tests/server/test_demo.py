@@ -55,10 +55,15 @@ def test_a_file_changes_what_it_names_and_options_change_the_file(data: Path) ->
     assert config.plan.prune_heads is None
     assert (config.backbone.epochs, config.backbone.options) == (4, DRAWN_BACKBONE.options)
     other = settings_of(
-        data.parent, settings=path, rounds=2, prune_heads=0.3, criterion="taha", seed=5
+        data.parent, settings=path, rounds=3, prune_heads=0.3, criterion="taha", seed=5
     )
-    assert (other.plan.rounds, other.plan.criterion, other.seed) == (2, "taha", 5)
+    assert (other.plan.rounds, other.plan.criterion, other.seed) == (3, "taha", 5)
     assert (other.plan.prune_heads, other.plan.targets) == (0.3, None)
+
+
+def test_rounds_too_few_for_the_cuts_are_told_before_anything_is_trained(data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"plan\.rounds=2 is too few"):
+        settings_of(data.parent, rounds=2)
 
 
 @pytest.mark.parametrize(
