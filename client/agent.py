@@ -31,7 +31,7 @@ from client.ledger import FILE, Ledger
 from client.lookout import Lookout
 from client.member import Member
 from client.notices import Notices
-from client.portrait import Portrait, release
+from client.portrait import Portrait
 from client.results import Results
 from client.schedule import Follower
 from client.shifts import notify as wake
@@ -41,6 +41,7 @@ from common.broker import Broker
 from common.config import FarmConfig
 from common.errors import ConfigError, FieldfedError
 from common.processes import Child, Supervisor, terminate_like_interrupt
+from common.release import release
 from common.topics import RESERVED, Event
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from client.bench_cli import bench_app
+from client.doctor_cli import doctor_app
 from client.infer_cli import infer_app
 from client.ledger_cli import ledger_app
 from common import logs
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(infer_app)
 app.add_typer(ledger_app)
 app.add_typer(bench_app)
+app.add_typer(doctor_app)
 Folder = Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from client.identity import FarmIdentity
 from common.config import FarmSection
-from common.door import CHECK, Checked
+from common.door import CHECK, Checked, Checking
 from common.errors import ConfigError, LinkError, StateError
 from common.membership import Membership
 from common.processes import is_loopback
@@ -124,7 +124,13 @@ class Conversation:
         self._http.close()
 
     def ask(self, path: str, body: bytes) -> bytes:
-        """One question."""
+        """One question; raises LinkError, also for a clock that Flower would refuse."""
+        said = self.hear(path, body)
+        said.require_clock()
+        return said.body
+
+    def hear(self, path: str, body: bytes) -> "Said":
+        """One question, whatever this machine's clock says."""
         began = datetime.now(UTC)
         try:
             self._http.request("POST", path, body, {"Content-Type": "application/json"})
@@ -135,8 +141,33 @@ class Conversation:
         if response.status != 200:
             said = answer[:300].decode(errors="replace")
             raise LinkError(f"the door at {self._address} says no ({response.status}): {said}")
-        _require_clock(response.headers.get("Date"), began)
-        return answer
+        date = response.headers.get("Date")
+        if date is None:
+            return Said(answer, 0.0, 0.0)
+        server = parsedate_to_datetime(date)
+        behind = (server - datetime.now(UTC)).total_seconds()
+        return Said(answer, (began - server).total_seconds(), behind)
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, and by how many seconds this machine's clock is ahead or behind, give or take 1.
+
+    Negative numbers say nothing: the answer took time, and the door tells whole seconds.
+    """
+
+    body: bytes
+    ahead: float
+    behind: float
+
+    def require_clock(self) -> None:
+        """Raises LinkError where Flower would refuse what this machine signs."""
+        if self.ahead > CLOCK_SECONDS or self.behind > LATE_SECONDS:
+            ahead, behind = f"{self.ahead:.0f} s ahead of", f"{self.behind:.0f} s behind"
+            raise LinkError(
+                f"this machine's clock is {ahead if self.ahead > 0 else behind} the server's; set "
+                "it (NTP), or no request of this farm will be taken"
+            )
 
 
 def check(way: Way) -> Checked:
@@ -146,10 +177,19 @@ def check(way: Way) -> Checked:
         LinkError: it is not; says what.
         StateError: the certificate cannot be used.
     """
+    checked, said = look(way, Checking())
+    said.require_clock()
+    return checked
+
+
+def look(way: Way, asked: Checking) -> tuple[Checked, Said]:
+    """The same, whatever this machine's clock says; errors as :func:`check`."""
     assert way.tls is not None
-    answer = ask(way.address, way.tls(), CHECK)
+    body = asked.model_dump_json().encode() if asked.versions else b""
+    with Conversation(way.address, way.tls()) as conversation:
+        said = conversation.hear(CHECK, body)
     try:
-        return Checked.model_validate_json(answer)
+        return Checked.model_validate_json(said.body), said
     except ValueError as error:
         raise LinkError(f"{way.address} is no door of ours; check the address") from error
 
@@ -205,18 +245,3 @@ def _alert(reason: str, now: str) -> str:
     if "WRONG_VERSION" in reason or "HTTP_REQUEST" in reason or "RECORD_LAYER" in reason:
         return "what answers there does not speak TLS; check the port"
     return f"TLS: {reason.lower().replace('_', ' ')}"
-
-
-def _require_clock(date: str | None, began: datetime) -> None:
-    """Raises LinkError where Flower would refuse what this machine signs."""
-    if date is None:
-        return
-    server = parsedate_to_datetime(date)
-    ahead = (began - server).total_seconds()
-    behind = (server - datetime.now(UTC)).total_seconds()
-    if ahead > CLOCK_SECONDS or behind > LATE_SECONDS:
-        side = f"{ahead:.0f} s ahead of" if ahead > 0 else f"{behind:.0f} s behind"
-        raise LinkError(
-            f"this machine's clock is {side} the server's; set it (NTP), or no request of this "
-            "farm will be taken"
-        )

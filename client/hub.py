@@ -117,11 +117,11 @@ class HubClient:
         if self._ledger is not None:
             self._ledger.close()
 
-    def latest(self, channel: str) -> Offer:
-        """What a channel names now; raises LinkError."""
+    def latest(self, channel: str, seconds: float = CALL_SECONDS) -> Offer:
+        """What a channel names now, within so many seconds; raises LinkError."""
         request = self._leaving(Kind.REQUEST, hub_pb2.ChannelRequest(channel=channel))
         try:
-            return _offer(self._stub.Latest(request, timeout=CALL_SECONDS))
+            return _offer(self._stub.Latest(request, timeout=seconds))
         except grpc.RpcError as error:
             raise self._failed(error) from error
 

@@ -38,7 +38,7 @@ class ClientFiles:
 
 
 class FarmIdentity:
-    """The identity of one farm on one device; made by :meth:`create`."""
+    """The identity of one farm on one device; made by :meth:`create`, or :meth:`open`."""
 
     def __init__(self, folder: Path, farm: str, key: PrivateKey) -> None:
         self.folder, self.farm = folder, farm
@@ -61,6 +61,16 @@ class FarmIdentity:
             with only_one(folder / _LOCK):
                 if not path.exists():
                     certificates.write_key(path, certificates.new_key())
+        return cls.open(folder, farm)
+
+    @classmethod
+    def open(cls, folder: Path, farm: str) -> "FarmIdentity":
+        """The identity that is there; nothing is made.
+
+        Raises:
+            StateError: the key is missing or damaged, or other users may read it.
+        """
+        path = folder / _KEY
         remedy = f"restore it from a backup, or move '{folder}' away and join the network again"
         return cls(folder, farm, certificates.read_key(path, remedy))
 

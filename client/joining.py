@@ -7,8 +7,6 @@ once: the door with the new certificate, the hub, the clock, the disk.
 
 import functools
 import logging
-import shutil
-import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -16,10 +14,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from client.door import ASK_SECONDS, Conversation, Way, ask, check
+from client import reach
+from client.door import Conversation, Way, ask, check
 from client.identity import FarmIdentity
+from common.checkup import room
 from common.code import JoinAnswer, Secret
 from common.config import FarmSection
+from common.diagnosis import Level
 from common.door import JOIN, LEAVE, PORT, RENEW
 from common.errors import ConfigError, FieldfedError, ProtocolError
 from common.files import write_atomically
@@ -95,22 +96,11 @@ def _blind() -> ssl.SSLContext:
 
 def faults(way: Way, membership: Membership, state_dir: Path) -> list[str]:
     """What would keep a member from working: door, SuperLink, clock, hub, disk; nothing is best."""
-    found = []
-    try:
-        if not check(way).superlink:
-            found.append("the door is open, but SuperLink behind it does not answer")
-    except FieldfedError as error:
-        found.append(str(error))
+    found = list(reach.door(way))
     if membership.hub is not None:
-        host, _, port = membership.hub.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=ASK_SECONDS).close()
-        except OSError as error:
-            found.append(f"the hub at {membership.hub} cannot be reached: {error}")
-    free = shutil.disk_usage(state_dir).free
-    if free < ROOM_BYTES:
-        found.append(f"the disk has {free / 1e6:.0f} MB left; a farm needs {ROOM_BYTES / 1e6:.0f}")
-    return found
+        found += reach.line("hub", membership.hub)
+    found.append(room(state_dir, ROOM_BYTES, "a farm"))
+    return [one.words for one in found if one.level is not Level.OK]
 
 
 def keep(identity: FarmIdentity, state_dir: Path, membership: Membership) -> None:

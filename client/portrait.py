@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from client import health
@@ -17,6 +16,7 @@ from client.served import About, Served
 from common.config import FarmConfig
 from common.errors import DataError
 from common.images import count
+from common.release import release
 from common.topics import DeviceState
 
 log = logging.getLogger(__name__)
@@ -107,11 +107,3 @@ def _age(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def release() -> str:
-    """Of this program."""
-    try:
-        return version("fieldfed")[:40]
-    except PackageNotFoundError:
-        return "unknown"

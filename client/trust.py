@@ -60,7 +60,15 @@ class Trust:
     def accept(
         self, keys: str, channel: str, manifest: str, name: str, now: datetime
     ) -> tuple[str, Manifest]:
-        """Believe an offer, all of it, or nothing.
+        """Believe an offer, all of it, or nothing: as :meth:`examine`, and it is remembered."""
+        known, named, digest, version = self.examine(keys, channel, manifest, name, now)
+        self._remember(keys, known, named)
+        return digest, version
+
+    def examine(
+        self, keys: str, channel: str, manifest: str, name: str, now: datetime
+    ) -> tuple[KeySet, Channel, str, Manifest]:
+        """Whether an offer is to be believed.
 
         Args:
             keys: the signed key set that the server shows.
@@ -70,7 +78,7 @@ class Trust:
             now: the device's time.
 
         Returns:
-            The manifest and its digest.
+            The keys and the channel that it came with, the manifest's digest and the manifest.
 
         Raises:
             RefusalError: says which of the three is not to be believed, and why.
@@ -86,8 +94,7 @@ class Trust:
                 RefuseReason.TAMPERED,
             )
         version.require(known.network, now)
-        self._remember(keys, known, named)
-        return digest, version
+        return known, named, digest, version
 
     def _remember(self, keys: str, known: KeySet, named: Channel) -> None:
         counters = self._seen.counters | {named.name: named.counter}

@@ -4,7 +4,7 @@ POST /v1/fleet/...   Flower's Fleet API, for a farm that shows its certificate
 POST /v1/join        a device without one asks for it, with a code (common/code.py)
 POST /v1/renew       a farm asks for a new certificate with its old one
 POST /v1/leave       a farm gives its certificates back
-POST /v1/check       a farm asks whether all is well
+POST /v1/check       a farm asks whether all is well, and, with a body, which release is there
 """
 
 from pydantic import AwareDatetime, Field
@@ -34,9 +34,17 @@ class DoorConfig(Section):
     )
 
 
+class Checking(Document):
+    """What a farm may say when it asks: older releases ask without, and know no other answer."""
+
+    versions: bool = False
+
+
 class Checked(Document):
-    """What the door says to a farm that asks whether all is well."""
+    """What the door says to a farm that asks whether all is well; versions only when asked."""
 
     farm: str
     expires: AwareDatetime
     superlink: bool
+    protocol: int | None = None
+    release: str | None = None

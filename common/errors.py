@@ -10,7 +10,8 @@ FieldfedError            exit 1
 ├── LaunchError          exit 7   a process did not start or died (port in use, ...)
 ├── QualityError         exit 8   the result is below what was asked for
 ├── RefusalError         exit 9   a version of the model that this device does not take
-└── LinkError            exit 10  the other side cannot be reached, or says no
+├── LinkError            exit 10  the other side cannot be reached, or says no
+└── DiagnosisError       exit 11  'doctor' has found a fault
 
 Each says what is wrong, where, and what to do next. Ctrl-C exits with 130.
 """
@@ -101,6 +102,12 @@ class LinkError(FieldfedError):
     """The other side cannot be reached, or says no."""
 
     exit_code = 10
+
+
+class DiagnosisError(FieldfedError):
+    """What keeps a server or a farm from working; the doctor commands say what, line by line."""
+
+    exit_code = 11
 
 
 class RefuseReason(StrEnum):

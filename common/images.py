@@ -212,11 +212,22 @@ def open_folder(
 
 def count(path: Path) -> tuple[int, int]:
     """Classes and images of a folder, without opening one; raises DataError as open_folder does."""
+    listing = _listed(path)
+    return len(listing.classes), len(listing.paths)
+
+
+def census(path: Path) -> dict[str, int]:
+    """Training images of each class, counted as :func:`count` does; raises as it does."""
+    listing = _listed(path)
+    training = listing.labels[~listing.given_test]
+    return {name: int((training == label).sum()) for label, name in enumerate(listing.classes)}
+
+
+def _listed(path: Path) -> _Listing:
     try:
-        listing = _list(path)
+        return _list(path)
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    return len(listing.classes), len(listing.paths)
 
 
 def _list(root: Path) -> _Listing:

@@ -57,7 +57,7 @@ SEEN_DEVICES, SEEN_IDS = 10_000, 256
 _SLOWEST = 60
 """Failures after which pauses are as long as they get."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
-_OLD_BROKER = 0x84
+OLD_BROKER = 0x84
 _REMEDIES: Final[Mapping[int, str]] = {
     0x85: "let the broker accept this device's name",
     0x86: "correct 'username' and 'password' in [broker], or add them to the broker",
@@ -74,6 +74,55 @@ def pause(draw: random.Random, failures: int, first: float = FIRST_PAUSE) -> flo
     Full jitter: a thousand devices that lost their broker together do not come back together.
     """
     return draw.uniform(0, min(LONGEST_PAUSE, first * 2.0 ** min(failures, _SLOWEST)))
+
+
+def name_of(network: str, device: str) -> str:
+    """By which a broker knows a device, or the server, of a network."""
+    return f"fieldfed-{network}-{device}"
+
+
+def client_of(
+    broker: Broker, name: str, protocol: MQTTProtocolVersion, session_seconds: int
+) -> Client:
+    """A client that knows nothing yet; raises ConfigError where files of TLS cannot be used."""
+    old = protocol == MQTTProtocolVersion.MQTTv311
+    client = Client(
+        CallbackAPIVersion.VERSION2,
+        name,
+        clean_session=session_seconds == 0 if old else None,
+        protocol=protocol,
+        reconnect_on_failure=False,
+    )
+    client.connect_timeout = CONNECT_SECONDS
+    client.max_inflight_messages = client.max_queued_messages = 0  # the window is ours
+    if broker.username is not None:
+        password = broker.password
+        client.username_pw_set(broker.username, password.get_secret_value() if password else None)
+    if (context := broker.tls()) is not None:
+        client.tls_set_context(context)
+    return client
+
+
+def options_of(
+    protocol: MQTTProtocolVersion, session_seconds: int, most: int | None = None
+) -> dict[str, Any]:
+    """What CONNECT says of a session; ``most`` messages come before we have acknowledged any."""
+    if protocol != MQTTProtocolVersion.MQTTv5:
+        return {}
+    asked = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    asked.SessionExpiryInterval = session_seconds
+    if most is not None:
+        asked.ReceiveMaximum = most
+    return {"clean_start": session_seconds == 0, "properties": asked}
+
+
+def remedy_for(error: FieldfedError | None) -> str | None:
+    """What somebody has to do before a broker lets us in; None: it may pass by itself."""
+    if isinstance(error, RefusedError):
+        return _REMEDIES.get(error.reason)
+    if error is not None and isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return "check 'ca' and 'host' in [broker], and the clock of this device"
+    return "put the files back" if isinstance(error, ConfigError) else None
 
 
 class Connection:
@@ -120,7 +169,7 @@ class Connection:
             log.warning("the password goes to '%s' unencrypted; set 'ca' in [broker]", broker.host)
         self._broker, self._name, self._outbox = broker, device, outbox
         self._take, self._keep = take, keep
-        self._id, self._base = f"fieldfed-{network}-{device}", f"fieldfed/{network}/{device}"
+        self._id, self._base = name_of(network, device), f"fieldfed/{network}/{device}"
         self._random = random.Random(seed)  # noqa: S311
         self._session_seconds, self._first_pause = session_seconds, first_pause
         self._memory, self._told = Memory(), set[str]()
@@ -210,13 +259,9 @@ class Connection:
         """Connect, and stay so until the line is lost; returns why it was."""
         try:
             client, broker = self._client(), self._broker
-            options: dict[str, Any] = {}
-            if self._protocol == MQTTProtocolVersion.MQTTv5:
-                asked = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-                asked.SessionExpiryInterval = self._session_seconds
-                if self._keep is not None:  # the broker would wait for our word before that
-                    asked.ReceiveMaximum = KEEP_MESSAGES
-                options = {"clean_start": self._session_seconds == 0, "properties": asked}
+            # with 'keep' the broker would wait for our word before that
+            most = None if self._keep is None else KEEP_MESSAGES
+            options = options_of(self._protocol, self._session_seconds, most)
             session = Session(
                 client,
                 self._base,
@@ -238,24 +283,8 @@ class Connection:
         return None
 
     def _client(self) -> Client:
-        old = self._protocol == MQTTProtocolVersion.MQTTv311
-        client = Client(
-            CallbackAPIVersion.VERSION2,
-            self._id,
-            clean_session=self._session_seconds == 0 if old else None,
-            protocol=self._protocol,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = CONNECT_SECONDS
-        client.max_inflight_messages = client.max_queued_messages = 0  # the window is ours
+        client = client_of(self._broker, self._id, self._protocol, self._session_seconds)
         client.will_set(f"{self._base}/availability", OFFLINE, qos=1, retain=True)
-        if self._broker.username is not None:
-            password = self._broker.password
-            client.username_pw_set(
-                self._broker.username, password.get_secret_value() if password else None
-            )
-        if (context := self._broker.tls()) is not None:
-            client.tls_set_context(context)
         return client
 
     def _accepted(self) -> None:
@@ -266,7 +295,7 @@ class Connection:
 
     def _other_protocol(self, error: FieldfedError | None) -> bool:
         """Change to the protocol that the broker may know; returns whether to try it at once."""
-        refused = isinstance(error, RefusedError) and error.reason == _OLD_BROKER
+        refused = isinstance(error, RefusedError) and error.reason == OLD_BROKER
         if not refused and (self._certain or not isinstance(error, ClosedError)):
             return False
         if self._protocol == MQTTProtocolVersion.MQTTv5:
@@ -277,14 +306,7 @@ class Connection:
 
     def _say(self, error: FieldfedError | None) -> bool:
         """Log why there is no connection; returns whether somebody has to do something first."""
-        place = f"{self._broker.host}:{self._broker.port}"
-        remedy = None
-        if isinstance(error, RefusedError):
-            remedy = _REMEDIES.get(error.reason)
-        elif error is not None and isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            remedy = "check 'ca' and 'host' in [broker], and the clock of this device"
-        elif isinstance(error, ConfigError):
-            remedy = "put the files back"
+        place, remedy = f"{self._broker.host}:{self._broker.port}", remedy_for(error)
         if remedy is None:
             log.info("no connection to the broker at %s: %s", place, error)
         elif str(error) not in self._told:

@@ -27,6 +27,7 @@ import psutil
 
 from common import notify
 from common.errors import ConfigError, LaunchError
+from common.ports import holder_words, refusal
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +72,7 @@ def require_loopback(host: str, setting: str) -> None:
 
 def port_is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    return refusal(host, port) is None
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -96,19 +91,9 @@ def require_free_port(host: str, port: int, setting: str) -> None:
     """
     if not port_is_free(host, port):
         raise LaunchError(
-            f"port {port} on {host} is in use{_holder(port)}; "
+            f"port {port} on {host} is in use{holder_words(port)}; "
             f"stop that program or choose another port in {setting}"
         )
-
-
-def _holder(port: int) -> str:
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections(kind="tcp"):
-            listening = connection.status == psutil.CONN_LISTEN
-            if listening and connection.laddr and connection.laddr[1] == port and connection.pid:
-                name = psutil.Process(connection.pid).name()
-                return f" by process {connection.pid} ({name})"
-    return ""
 
 
 def wait_for_port(host: str, port: int, seconds: float, child: "Child | None" = None) -> None:

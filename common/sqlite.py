@@ -7,6 +7,7 @@ survives a power cut as well, with all that was committed before it.
 import contextlib
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -18,7 +19,9 @@ log = logging.getLogger(__name__)
 
 Run: TypeAlias = Callable[..., sqlite3.Cursor]
 
-BUSY_SECONDS = 5.0
+BUSY_SECONDS, LOOK_SECONDS = 5.0, 1.0
+_STEPS = 10_000
+"""Of SQLite's virtual machine, between two looks at the clock."""
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
 
@@ -144,3 +147,88 @@ def explained(path: Path) -> Iterator[None]:
             f"'{path}': {error}; check that the disk has room, that this user may write there and "
             "that no other process uses it"
         ) from error
+
+
+# --- looked at, and left as it is ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def looking(path: Path, seconds: float = LOOK_SECONDS) -> Iterator[sqlite3.Connection]:
+    """A connection to any database, also one in use, that changes nothing on the disk.
+
+    SQLite puts files beside a database even for one who only reads; here it does not.
+
+    Args:
+        path: of the database, which is there.
+        seconds: that a lock is waited for.
+
+    Raises:
+        sqlite3.Error: it cannot be read; :func:`is_damage` and :func:`is_held` tell why.
+    """
+    how = ""
+    if _log_of(path).exists():  # the index of the log is read, or made in memory
+        how = "&readonly_shm=1"
+    elif _keeps_log(path):  # which is not there: it was closed, and nobody has it open
+        how = "&immutable=1"
+    where = f"{path.absolute().as_uri()}?mode=ro{how}"
+    db = sqlite3.connect(where, uri=True, timeout=seconds, isolation_level=None)
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def fault_in(path: Path, seconds: float) -> str | None:
+    """What SQLite's own check finds first; None: nothing, in as many seconds as were given.
+
+    Raises:
+        sqlite3.Error: as :func:`looking`.
+    """
+    closed = not _log_of(path).exists()
+    found = _checked(path, seconds)
+    if found is not None and closed and _log_of(path).exists():  # it was opened meanwhile
+        return _checked(path, seconds)
+    return found
+
+
+def is_held(error: sqlite3.Error) -> bool:
+    """Whether this says that another process has the file for itself."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    )
+
+
+def held(path: Path) -> bool:
+    """Whether a process has this file for itself, as that of an outbox or a ledger does."""
+    if not path.exists():
+        return False
+    try:
+        with looking(path, seconds=0) as db:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        return is_held(error)
+    return False
+
+
+def _checked(path: Path, seconds: float) -> str | None:
+    until = time.monotonic() + seconds
+    with looking(path) as db:
+        db.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
+        try:
+            (said,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+                return None
+            raise
+    return None if said == "ok" else str(said)
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def _keeps_log(path: Path) -> bool:
+    """Whether it is of the kind (WAL) that has a log beside it while it is open."""
+    with path.open("rb") as file:
+        return file.read(20)[18:20] == b"\x02\x02"

@@ -16,9 +16,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
 
 import httpx
+from pydantic import ValidationError
 
-from common.door import CHECK, JOIN, LEAVE, RENEW, Checked, DoorConfig
+from common.door import CHECK, JOIN, LEAVE, RENEW, Checked, Checking, DoorConfig
 from common.errors import FieldfedError, LinkError, ProtocolError
+from common.messages import PROTOCOL
+from common.release import release
 from server.enrol import Enrolment
 from server.nodes import Nodes, activated
 
@@ -190,7 +193,8 @@ class Passage:
 
     async def _own(self, path: str, caller: Caller, body: bytes, answer: "_Answer") -> None:
         if path == CHECK:
-            await answer.whole(200, (await self._check(caller)).model_dump_json().encode())
+            checked = await self._check(caller, body)
+            await answer.whole(200, checked.model_dump_json(exclude_none=True).encode())
             return
         try:
             said = await asyncio.get_running_loop().run_in_executor(
@@ -213,14 +217,21 @@ class Passage:
         self._enrolment.leave(caller.farm)
         return b"{}"
 
-    async def _check(self, caller: Caller) -> Checked:
+    async def _check(self, caller: Caller, body: bytes) -> Checked:
         assert caller.farm is not None
         assert caller.expires is not None
+        try:
+            asked = Checking.model_validate_json(body) if body else Checking()
+        except ValidationError as error:
+            raise No(400, "this is no question of ours; update fieldfed") from error
+        told = {"protocol": PROTOCOL, "release": release()} if asked.versions else {}
         try:
             reached = (await self._http.get(f"{self._superlink}/health")).status_code < 500
         except httpx.HTTPError:
             reached = False
-        return Checked(farm=caller.farm, expires=caller.expires, superlink=reached)
+        return Checked.model_validate(
+            {"farm": caller.farm, "expires": caller.expires, "superlink": reached, **told}
+        )
 
     # --- what is Flower's ------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ def test_what_devices_and_status_need_imports_without_torch() -> None:
         "common.mask, common.pixels, common.manifest, common.objects, client.hub, client.infer, "
         "client.watch, client.health, client.discovery, client.ledger, client.figures, "
         "common.portable, server.status, server.hub, server.metrics, server.bridge, "
-        "client.bench, client.footprint, client.agent, client.camera, server.page"
+        "client.bench, client.footprint, client.agent, client.camera, server.page, "
+        "client.doctor, server.doctor"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import socket
 import ssl
 import time
@@ -18,10 +19,12 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 import server.door
 import server.identity
 import server.passage
-from client.door import Conversation, Way, ask, check
+from client.door import Conversation, Way, ask, check, look
 from common import certificates
-from common.door import CHECK, FLEET, JOIN, LEAVE, RENEW
+from common.door import CHECK, FLEET, JOIN, LEAVE, RENEW, Checking
 from common.errors import LaunchError, LinkError, StateError
+from common.messages import PROTOCOL
+from common.release import release
 from server.nodes import Nodes, activated, certified_farm
 from tests.lab.door import LabDoor, Link, stranger
 from tests.waiting import wait_until
@@ -331,6 +334,20 @@ def test_a_stranger_gets_nothing_but_the_way_to_join(door: LabDoor, link: Link) 
     head = f"POST {JOIN} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}"
     assert status(say(door, head.encode(), None)) == 400
     assert not link.heard
+
+
+def test_which_release_is_there_is_told_to_whom_knows_the_question(door: LabDoor) -> None:
+    """An older farm takes no answer with more in it than it knows."""
+    way = door.way()
+    assert way.tls is not None
+    plain = json.loads(ask(door.address, way.tls(), CHECK))
+    assert plain.keys() == {"farm", "expires", "superlink"}
+    checked, said = look(way, Checking(versions=True))
+    assert checked.protocol == PROTOCOL
+    assert checked.release == release()
+    assert abs(said.ahead) < 5
+    with pytest.raises(LinkError, match=r"\(400\).*update fieldfed"):
+        ask(door.address, way.tls(), CHECK, b'{"what": "else"}')
 
 
 def test_a_certificate_of_another_network_or_one_that_is_over_ends_at_tls(

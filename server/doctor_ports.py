@@ -1,0 +1,90 @@
+"""Ports of a server: free, held by its own programs, or taken by something else."""
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+from cryptography import x509
+
+from common.certificates import UNREADABLE, parse_certificate
+from common.checkup import ANSWER_SECONDS, near, port, shows
+from common.config import ServerConfig
+from common.diagnosis import Finding, fault, of_error
+from common.door import DoorConfig
+from common.errors import ConfigError, ProtocolError
+from common.ports import holder
+from common.processes import is_loopback
+from common.services import HubConfig
+from server.members import address_of
+
+
+def ports(config: ServerConfig, folder: Path) -> Iterator[Finding]:
+    """Each port that the settings name."""
+    link = config.server
+    yield from _near("[server]", link.host)
+    yield port("[server]", link.host, link.port, partial(_superlink, link.host, link.port, folder))
+    for setting, open_ in (("[door]", config.door), ("[hub]", config.hub)):
+        if open_ is not None:
+            yield from _named(setting, open_)
+            ours = partial(_shows_certificate, open_.host, open_.port, folder / "identity")
+            yield port(setting, open_.host, open_.port, ours)
+    for setting, shown in (("[metrics]", config.metrics), ("[page]", config.page)):
+        if shown is not None:
+            yield from _near(setting, shown.host)
+            ours = partial(_healthy, shown.host, shown.port, folder)
+            yield port(setting, shown.host, shown.port, ours)
+
+
+def _named(setting: str, listener: DoorConfig | HubConfig) -> Iterator[Finding]:
+    try:
+        address_of(listener, setting)
+    except ConfigError as error:
+        yield of_error("settings", error)
+
+
+def _near(setting: str, host: str) -> Iterator[Finding]:
+    if not is_loopback(host):
+        found = f"{setting} host '{host}' is not on this machine, and is not encrypted"
+        yield fault("settings", found, "set it to 127.0.0.1; others come in by [door] or a tunnel")
+
+
+def _superlink(host: str, number: int, folder: Path) -> bool:
+    return shows(host, number, "/health", "") and _of(number, folder)
+
+
+def _healthy(host: str, number: int, folder: Path) -> bool:
+    return shows(host, number, "/healthz", "ok") and _of(number, folder)
+
+
+def _of(number: int, folder: Path) -> bool:
+    """Whether the program there works in this folder; also where this user may not know."""
+    process, whole = holder(number), folder.resolve()
+    if process is None:
+        return True
+    try:
+        where = Path(process.cwd())
+        paths = [(where / word).resolve() for word in process.cmdline() if len(word) < 4096]
+    except (psutil.Error, OSError, ValueError):
+        return True
+    return any(path.is_relative_to(whole) for path in paths)
+
+
+def _shows_certificate(host: str, number: int, identity: Path) -> bool:
+    """Whether who listens there has the key of this server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with contextlib.suppress(OSError, ProtocolError, *UNREADABLE):
+        own = parse_certificate((identity / "server.crt").read_bytes(), "the server's")
+        with (
+            socket.create_connection((near(host), number), ANSWER_SECONDS) as line,
+            context.wrap_socket(line) as tls,
+        ):
+            shown = x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")
+        return shown.public_key() == own.public_key()
+    return False
