@@ -33,6 +33,7 @@ from common.config import FarmConfig
 from common.diagnosis import Finding, fault, looked, ok, warn
 from common.errors import ConfigError
 from common.images import MIN_IMAGES, census
+from common.objects import Objects
 from common.services import MetricsConfig
 from common.settings import load_settings
 
@@ -95,7 +96,7 @@ def examine(folder: Path, root: Path = Path("/")) -> Iterator[Finding]:
 def _images(data: Path) -> Iterator[Finding]:
     counts = census(data)
     fewest = min(counts, key=lambda name: counts[name])
-    said = f"'{data}' has {sum(counts.values())} in {len(counts)} classes"
+    said = f"'{data}' has {sum(counts.values())} to learn from, in {len(counts)} classes"
     if counts[fewest] < MIN_IMAGES:
         found = f"{said}, and class '{fewest}' has {counts[fewest]}: it needs {MIN_IMAGES}"
         yield fault("images", found, "add photographs, or remove the folder")
@@ -131,12 +132,23 @@ def _version(folder: Path) -> Iterator[Finding]:
         path = served.folder / "bundles" / f"{current}.safetensors"
         yield fault("version", f"'{path}' is missing or damaged", update)
         return
+    objects = Objects(served.folder / "objects")
+    sizes = {objects.path(digest): size for digest, size in about.manifest.weights.items()}
+    lost = [path for path, size in sizes.items() if not _holds(path, size)]
+    if lost:
+        found = f"'{lost[0]}' is missing or cut off, as are {len(lost)} of {len(sizes)} tensors"
+        yield fault("version", found, update)
+        return
     number, ends = about.manifest.counter, about.manifest.expires
     said = f"version {number} is in use, good until {ends:%Y-%m-%d}"
     if ends < datetime.now(UTC) + SOON:
         yield warn("version", said, f"ask for a newer one to be published; then {update}")
         return
     yield ok("version", said)
+
+
+def _holds(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _shown(where: MetricsConfig) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ class SigningKeys:
         """
         path = folder / "keys.json"
         try:
-            text = path.read_text()
+            text = path.read_text(errors="replace")  # damage is said below
         except OSError:
             raise StateError(
                 f"no signing keys at '{path}'; restore them from a backup, or create the network "

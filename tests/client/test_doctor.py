@@ -280,6 +280,11 @@ def damaged_bundle(patient: Patient) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def cut_off_tensor(patient: Patient) -> None:
+    first = next(one for one in (patient.state / "serving" / "objects").rglob("*") if one.is_file())
+    first.write_bytes(first.read_bytes()[:-1])
+
+
 def damaged_serving(patient: Patient) -> None:
     (patient.state / "serving" / "serving.json").write_text('{"current": "x')
 
@@ -396,6 +401,7 @@ def small_container(patient: Patient) -> None:
         (some_images, "warn", "images", "class 'class1' has only 5", "10 or more of each"),
         (no_camera, "FAULT", "camera", "no folder '/var/nowhere'", "[watch] folder"),
         (damaged_bundle, "FAULT", "version", ".safetensors' is missing or damaged", "update"),
+        (cut_off_tensor, "FAULT", "version", "is missing or cut off, as are 1 of", "client update"),
         (damaged_serving, "FAULT", "version", "serving.json' is damaged", "client update"),
         (damaged_membership, "FAULT", "membership", "membership.json' is no membership", "certify"),
         (other_name, "FAULT", "membership", "in the settings it is pear", 'name = "apple"'),
@@ -437,6 +443,36 @@ def test_a_fault_is_found_where_it_is_and_nowhere_else(
     assert cause in found[what].found
     assert remedy in found[what].do
     assert contents(patient.folder) == before
+
+
+@pytest.mark.parametrize("how", ["garbage", "empty", "folder"])
+def test_whatever_is_damaged_is_named_and_nothing_is_raised(patient: Patient, how: str) -> None:
+    (patient.state / "trust.json").write_text("{}")
+    files = [path for path in patient.folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    first_tensor = next(path for path in files if "objects" in path.parts)
+    for path in files:
+        if path.suffix == ".lock" or ("objects" in path.parts and path != first_tensor):
+            continue
+        before = path.read_bytes()
+        spoil(path, how)
+        bad = [one for one in patient.look() if one.level is Level.FAULT]
+        empty_database = how == "empty" and path.suffix == ".db"  # which SQLite takes for a new one
+        if not empty_database:
+            assert any(path.name in one.words for one in bad), (path, [one.line for one in bad])
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(before)
+        path.chmod(0o600)
+
+
+def spoil(path: Path, how: str) -> None:
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\x00 nonsense\n" * 20 if how == "garbage" else b"")
+        path.chmod(0o600)
 
 
 def test_a_full_disk(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -440,6 +440,34 @@ def test_a_fault_is_found_where_it_is_and_nowhere_else(
     assert contents(patient.folder) == before
 
 
+@pytest.mark.parametrize("how", ["garbage", "empty", "folder"])
+def test_whatever_is_damaged_is_named_and_nothing_is_raised(patient: Patient, how: str) -> None:
+    silent = ("objects", "broker", "revoked.crl", "base.safetensors", "codes.lock", "objects.lock")
+    for path in [one for one in patient.folder.rglob("*") if one.is_file()]:
+        if set(path.parts) & set(silent):
+            continue
+        before, mode = path.read_bytes(), path.stat().st_mode
+        spoil(path, how)
+        bad = [one for one in patient.look() if one.level is Level.FAULT]
+        new = how == "empty" and path.suffix in (".db", ".jsonl", ".toml")  # that is how they begin
+        if not new:
+            assert any(path.name in one.words for one in bad), (path, [one.line for one in bad])
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(before)
+        path.chmod(mode)
+
+
+def spoil(path: Path, how: str) -> None:
+    mode = path.stat().st_mode
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\x00 nonsense\n" * 20 if how == "garbage" else b"")
+        path.chmod(mode)
+
+
 def test_weights_are_missed_until_there_is_a_backbone(patient: Patient) -> None:
     patient.write(backbone={"weights": "/nowhere/vit.safetensors"})
     found = patient.faults()
