@@ -36,6 +36,7 @@ def greet(broker: Broker, network: str, name: str, session_seconds: int) -> None
         LinkError: the broker cannot be reached, or does not let us in.
         ConfigError: files of TLS cannot be used.
     """
+    knock(broker)  # paho would wait for a silent one as long as its keepalive
     try:
         _greet(broker, name_of(network, name), MQTTProtocolVersion.MQTTv5, session_seconds)
     except RefusedError as error:

@@ -21,8 +21,10 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from typer.testing import CliRunner
 
+import client.door
 import client.reach
 import common.checkup
+import common.greeting
 import server.passage
 import server.publish
 from client import traffic
@@ -546,6 +548,28 @@ def test_a_server_that_tells_no_release_is_an_older_one(
     found = patient.look()
     assert all(one.level is Level.OK for one in found)
     assert "protocol" not in [one.what for one in found]
+
+
+def test_a_network_that_takes_every_line_and_says_nothing(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.door, "ASK_SECONDS", 0.3)
+    monkeypatch.setattr(client.reach, "REACH_SECONDS", 0.3)
+    monkeypatch.setattr(common.greeting, "CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        number = silent.getsockname()[1]
+        patient.member(door=f"127.0.0.1:{number}", hub=f"127.0.0.1:{number}")
+        for broker in ({"port": number}, {"port": number, "ca": str(patient.identity / "ca.pem")}):
+            patient.write(broker=broker)
+            found = patient.faults()
+            assert list(found) == ["door", "hub", "broker"]
+            assert "timed out" in found["door"].found
+            assert "deadline" in found["hub"].found
+        (patient.state / "membership.json").unlink()
+        patient.write(farm={"superlink": f"127.0.0.1:{number}"})
+        found = patient.faults()
+        assert list(found) == ["SuperLink"]
+        assert "timed out" in found["SuperLink"].found
 
 
 def test_another_network_at_the_same_addresses(patient: Patient, network: Network) -> None:
