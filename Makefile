@@ -26,9 +26,9 @@ test: $(STAMP) lint
 	$(BIN)/python -P -m pytest -m "not system" -n 2
 
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
-# photographs, 4 GB of replies, a broker, alerts, a browser.
+# photographs, 4 GB of replies, a broker, alerts, a browser, machines as network namespaces.
 system: $(STAMP)
-	@.ci/debian chromium mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4
+	@.ci/debian chromium mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4 ip:iproute2
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-edge bench-hub bench-newcomer bench-pruning: $(STAMP)

@@ -13,7 +13,7 @@ from client.lookout import Tried, offer_file, tried_file
 from client.updater import Done
 from common.config import FarmConfig
 from common.errors import FieldfedError, StateError
-from common.files import only_one, write_atomically
+from common.files import write_atomically
 from common.logs import start_logging
 from common.processes import terminate_like_interrupt
 from common.settings import load_settings
@@ -43,7 +43,7 @@ def attempt(config: FarmConfig, state_dir: Path) -> None:
         FieldfedError: as the updater does; or there is no offer.
     """
     device, done = Device(config, state_dir), list[Done]()
-    with only_one(state_dir / "serving" / "updater.lock"), device.hub() as hub:
+    with device.alone(), device.hub() as hub:
         try:
             _work(device, hub, _offer(state_dir), config.farm.link == "metered", done)
         finally:

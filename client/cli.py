@@ -16,7 +16,7 @@ from common import logs
 from common.command import LogOption, run, write_new
 from common.config import FarmConfig
 from common.errors import LinkError, QualityError, RefusalError
-from common.files import only_one, write_atomically
+from common.files import write_atomically
 from common.settings import load_settings, validate
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def update(
         _follow(folder)
     device = _device(folder)
     metered = device.farm.link == "metered"
-    with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
+    with device.alone(), device.hub() as hub:
         updater = device.updater()
         back = updater.check(hub)
         done = back if back is not None else updater.update(hub, compress=metered)
@@ -277,7 +277,7 @@ def _ask_about(folder: Path, images: Path) -> int:
         try:
             return review(bundle, device.labels, found, partial(_answer, device.labels))
         except QualityError as error:
-            with only_one(folder / "state" / "serving" / "updater.lock"), device.hub() as hub:
+            with device.alone(), device.hub() as hub:
                 done = device.updater().roll_back(bundle, str(error), hub)
             if done is None:
                 raise

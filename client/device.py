@@ -1,5 +1,6 @@
 """The trainer of a farm, put together: what it serves with, its images, its updater."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from client.labels import labels_of
@@ -7,7 +8,11 @@ from client.member import Member
 from client.serving import Serving
 from client.updater import Updater
 from common.config import FarmConfig
+from common.files import only_one
 from common.images import FarmFolder, open_folder
+
+TRIED_SECONDS = 900.0
+"""That another try of a version is waited for."""
 
 
 class Device(Member):
@@ -28,6 +33,13 @@ class Device(Member):
             trust=self.trust(),
             labels=self.labels,
         )
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While nobody else on this device tries a version; who does is waited for.
+
+        A person and the device itself hear of a new version at the same time. Raises StateError.
+        """
+        return only_one(self._state / "serving" / "updater.lock", TRIED_SECONDS)
 
     def images(self) -> FarmFolder:
         """The farm's images; raises DataError."""

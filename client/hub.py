@@ -21,7 +21,7 @@ from client.identity import ClientFiles
 from client.ledger import Kind, Ledger
 from common import hub_pb2, hub_pb2_grpc
 from common.compress import expand
-from common.errors import LinkError, ProtocolError, RefusalError, RefuseReason
+from common.errors import AbsentError, LinkError, ProtocolError, RefusalError, RefuseReason
 from common.manifest import InstallReport
 from common.objects import Objects
 
@@ -118,7 +118,12 @@ class HubClient:
             self._ledger.close()
 
     def latest(self, channel: str, seconds: float = CALL_SECONDS) -> Offer:
-        """What a channel names now, within so many seconds; raises LinkError."""
+        """What a channel names now, within so many seconds.
+
+        Raises:
+            AbsentError: there is no such channel.
+            LinkError: the hub cannot be reached.
+        """
         request = self._leaving(Kind.REQUEST, hub_pb2.ChannelRequest(channel=channel))
         try:
             return _offer(self._stub.Latest(request, timeout=seconds))
@@ -128,13 +133,15 @@ class HubClient:
     def watch(self, channel: str, counter: int = 0, bell: Bell | None = None) -> Iterator[Offer]:
         """Every newer state of a channel than number ``counter``, as it comes.
 
+        A channel that is not there yet is waited for.
+
         Args:
             channel: its name.
             counter: of the state that is known.
             bell: ends it when it rings.
 
         Raises:
-            LinkError: the line was lost, or there is no such channel.
+            LinkError: the line was lost.
         """
         asked = hub_pb2.ChannelRequest(channel=channel, counter=counter)
         call = self._stub.Watch(self._leaving(Kind.REQUEST, asked))
@@ -229,7 +236,8 @@ class HubClient:
         self._sleep(seconds)
 
     def _failed(self, error: grpc.RpcError) -> LinkError:
-        return LinkError(
+        kind = AbsentError if error.code() is grpc.StatusCode.NOT_FOUND else LinkError
+        return kind(
             f"hub at {self._address}: {error.code().name.lower().replace('_', ' ')}: "
             f"{(error.details() or '')[:300]}"
         )

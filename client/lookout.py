@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from client.bell import Bell
 from client.hub import Offer
 from client.member import Member
-from common.errors import ConfigError, FieldfedError, LaunchError, RefusalError
+from common.errors import AbsentError, ConfigError, FieldfedError, LaunchError, RefusalError
 from common.files import write_atomically
 from common.manifest import Outcome
 from common.processes import Child, stop_all
@@ -83,7 +83,7 @@ class Lookout:
         self._member, self._tell = member, tell
         self._config_path, self._state_dir = config_path, state_dir
         self._ended, self._first, self._labels = threading.Event(), True, 0
-        self._refused, self._failing = "", False
+        self._refused, self._failing, self._waiting = "", False, False
         self._offered_file = state_dir / "serving" / "offered.json"
         self.offered = self._read_offered()
 
@@ -140,8 +140,15 @@ class Lookout:
     def _look(self, version: int | None) -> None:
         self._tell_tried()  # of a life that ended before it could
         channel = self._member.farm.channel
-        with self._member.hub() as hub:
-            offer = hub.latest(channel)
+        try:
+            with self._member.hub() as hub:
+                offer = hub.latest(channel)
+        except AbsentError as error:
+            if version is not None:
+                raise
+            self._wait_for(error)
+            return
+        self._waiting = False
         try:
             digest, manifest = self._member.trust().accept(
                 offer.keys, offer.channel, offer.manifest, channel, datetime.now(UTC)
@@ -160,6 +167,12 @@ class Lookout:
             self._tell(Event(kind="update", version=version, words=known))
         elif known is None or self._first or self._labelled():
             self._try(offer)
+
+    def _wait_for(self, error: AbsentError) -> None:
+        """The channel names nothing yet, as in a new network: no fault; said once."""
+        if not self._waiting:
+            log.info("%s; this device takes the first version when it comes", error)
+        self._waiting = True
 
     def _answer(self, version: int, words: str) -> None:
         log.warning("%s", words)

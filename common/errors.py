@@ -11,6 +11,7 @@ FieldfedError            exit 1
 ├── QualityError         exit 8   the result is below what was asked for
 ├── RefusalError         exit 9   a version of the model that this device does not take
 ├── LinkError            exit 10  the other side cannot be reached, or says no
+│   └── AbsentError               it has not what it was asked for
 └── DiagnosisError       exit 11  'doctor' has found a fault
 
 Each says what is wrong, where, and what to do next. Ctrl-C exits with 130.
@@ -102,6 +103,10 @@ class LinkError(FieldfedError):
     """The other side cannot be reached, or says no."""
 
     exit_code = 10
+
+
+class AbsentError(LinkError):
+    """The other side was reached, and has not (or not yet) what it was asked for."""
 
 
 class DiagnosisError(FieldfedError):

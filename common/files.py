@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from common.errors import DiskError, StateError
+
+_LOOK_SECONDS = 0.2
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:
@@ -62,15 +65,22 @@ def append(path: Path, data: bytes) -> int:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path, seconds: float = 0.0) -> Iterator[None]:
     """Hold ``path`` as a lock; the system lets go of it however the process ends.
+
+    Args:
+        path: of the lock.
+        seconds: to wait for another process that holds it.
 
     Raises:
         StateError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        if not lock(file):
+        until = time.monotonic() + seconds
+        while not (ours := lock(file)) and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+        if not ours:
             raise StateError(f"another process works in '{path.parent}'; wait until it ends")
         yield
 

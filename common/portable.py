@@ -72,6 +72,11 @@ class PortableBundle:
             about = PortableAbout.model_validate_json(header_of(body)[0]["__metadata__"]["about"])
             arrays = load(body)
             graph, weight, bias = arrays["graph"], arrays["weight"], arrays["bias"]
+        except IsADirectoryError:
+            raise ModelError(
+                f"'{path}' is a folder; of a farm's folder a bundle is made with: fieldfed-client "
+                f"bundle {path} --out FILE"
+            ) from None
         except OSError as error:
             raise ModelError(f"no bundle at '{path}': {error.strerror or error}") from error
         except (SafetensorError, ValidationError, json.JSONDecodeError, *_WRONG) as error:

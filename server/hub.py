@@ -130,11 +130,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         while True:
             changed = self._offers.changed()
             offer = self._offers.of(request.channel, await self._farm(context))
-            if offer is None:
-                await _refuse(
-                    context, grpc.StatusCode.NOT_FOUND, self._offers.unknown(request.channel)
-                )
-            if offer.counter > seen:
+            if offer is not None and offer.counter > seen:
                 seen = offer.counter
                 yield offer.message
             while not await _within(changed, LOOK_SECONDS):

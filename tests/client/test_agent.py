@@ -1,6 +1,8 @@
 """The device agent: what it tells and hears, and that each part works without the others."""
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,7 +28,7 @@ from client.member import Member
 from client.portrait import Portrait
 from client.traffic import Counters, keep
 from common.config import FarmConfig
-from common.errors import ConfigError, DiskError, LaunchError, LinkError
+from common.errors import AbsentError, ConfigError, DiskError, LaunchError, LinkError
 from common.outbox import Outbox
 from common.processes import Supervisor, free_port
 from common.topics import RESERVED, DeviceState, Event, Telemetry
@@ -376,6 +378,30 @@ def test_an_order_is_answered_also_when_the_hub_is_away(
     (answer,) = told
     assert (answer.outcome, answer.version) == ("refused", 4)
     assert "unavailable" in answer.words
+
+
+def test_a_channel_that_names_nothing_yet_is_no_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Empty:
+        def latest(self, channel: str) -> Any:
+            raise AbsentError(f"hub at here: not found: no channel '{channel}'")
+
+    class Early(Member):
+        def hub(self, sleep: Any = time.sleep) -> Any:
+            return contextlib.nullcontext(Empty())
+
+    place, told = Place(tmp_path), list[Event]()
+    early = Early(place.config, place.state)
+    made = Lookout(early, place.config_path, place.state, told.append)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            made.look()
+    assert caplog.text.count("takes the first version when it comes") == 1
+    assert not told
+    with pytest.raises(AbsentError):
+        made.look(4)  # an order is answered all the same
+    assert [one.outcome for one in told] == ["refused"]
 
 
 def test_tries_that_fail_are_told_once(

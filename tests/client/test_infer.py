@@ -83,6 +83,8 @@ def test_a_bundle_is_one_file_that_is_whole_or_refused(bundle: Path, tmp_path: P
             PortableBundle.read(tmp_path / "half")
     with pytest.raises(ModelError, match="no bundle at"):
         PortableBundle.read(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=f"fieldfed-client bundle {tmp_path} --out"):
+        PortableBundle.read(tmp_path)  # a farm's folder, as a new user may try
     read = PortableBundle.read(bundle)
     read.weight = read.weight[:, 1:]
     read.write(tmp_path / "other")

@@ -90,7 +90,7 @@ def test_a_setting_says_what_it_is(file: str, path: str, said: str, keys: list[l
 
 def test_exit_codes_are_told_once() -> None:
     codes = reference.exit_codes()
-    assert list(codes) == [*range(11), 130]
+    assert list(codes) == [*range(12), 130]
     assert len(set(codes.values())) == len(codes)
 
 

@@ -74,9 +74,12 @@ def command(*arguments: str) -> list[str]:
 
 def call(*arguments: str, code: int = 0, seconds: float = 600) -> str:
     """Run one of our commands to its end, within so many seconds; returns all that it printed."""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=seconds, check=False
-    )
+    return finish(command(*arguments), code, seconds)
+
+
+def finish(arguments: list[str], code: int = 0, seconds: float = 600) -> str:
+    """Run a command to its end, as :func:`call` does."""
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=seconds, check=False)
     assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
