@@ -136,16 +136,23 @@ class FarmState:
         path = self._reply_path(request, work)
         if lost is not None:
             arrays = {**arrays, _LOST: lost}
-        write_atomically(path, save_arrays(arrays or _NOTHING, metadata={"message": text}))
+        about = {"message": text, "asked": _asked(request)}
+        write_atomically(path, save_arrays(arrays or _NOTHING, metadata=about))
         # two kinds, so that reports never push out the reply whose residual is still needed
         kept = self._aligned()[:ALIGNED_KEPT] + self._reported()[:REPORTED_KEPT]
         for old in set((self.folder / "replies").glob("*.safetensors")) - set(kept):
             old.unlink(missing_ok=True)
 
     def load_reply(self, request: Work, work: str) -> Request | Reply | None:
-        """The reply to an earlier attempt at the same work, or None."""
+        """The reply to an earlier attempt at the same work, or None.
+
+        A server that was restored from a backup numbers its runs from there on again: what was
+        asked under these numbers then, in other words, is other work.
+        """
         found = self._read_reply(self._reply_path(request, work))
-        return None if found is None else found[0]
+        if found is None or found[2] not in ("", _asked(request)):
+            return None
+        return found[0]
 
     def newest_aligned(self, run: int) -> "Left | None":
         """The newest reply to a round of alignment in this run, with what coding lost of it."""
@@ -159,13 +166,16 @@ class FarmState:
             return None
         return Left(found[0], found[1])
 
-    def _read_reply(self, path: Path) -> tuple[Request | Reply, Floats | None] | None:
+    def _read_reply(self, path: Path) -> tuple[Request | Reply, Floats | None, str] | None:
+        """A reply, what coding lost of it, and what was asked ('' before that was kept)."""
         try:
             with safe_open(path, framework="np") as file:
-                text = (file.metadata() or {})["message"]
+                about = file.metadata() or {}
+                text = about["message"]
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             lost = arrays.pop(_LOST, None)
-            return from_parts(text, arrays if "nothing" not in arrays else {}), lost
+            arrays = arrays if "nothing" not in arrays else {}
+            return from_parts(text, arrays), lost, about.get("asked", "")
         except (OSError, SafetensorError, KeyError, FieldfedError):
             return None
 
@@ -233,6 +243,15 @@ class FarmState:
 
 
 _NOTHING = {"nothing": np.zeros(1, np.uint8)}
+_WAYS = {"attempt", "anchors", "body", "body_kind", "body_from", "body_object", "body_bytes"}
+_BY_THEN = {"steps", "folded"}
+"""What a request that is made again after a crash may say differently."""
+
+
+def _asked(request: Work) -> str:
+    """sha256 of all that decides the answer to a request."""
+    text = request.model_dump_json(exclude=_WAYS | _BY_THEN)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _spec_of(path: Path) -> ModelSpec | None:

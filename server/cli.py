@@ -15,6 +15,7 @@ from common.command import LogOption, run, write_new
 from common.config import Criterion, NetworkConfig, ServerConfig
 from common.errors import StateError
 from common.settings import load_settings, validate
+from server.backup_cli import backup_app
 from server.doctor_cli import doctor_app
 from server.enrol_cli import enrol_app
 from server.registry_cli import registry_app
@@ -31,6 +32,7 @@ masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_he
 app.add_typer(masks, name="mask")
 app.add_typer(doctor_app)
 app.add_typer(enrol_app)
+app.add_typer(backup_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(rollout_app, name="rollout")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]

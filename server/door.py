@@ -19,6 +19,7 @@ import signal
 import ssl
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,9 +34,10 @@ from common.door import DoorConfig
 from common.errors import ConfigError, FieldfedError, LaunchError, ProtocolError
 from common.processes import require_free_port
 from common.settings import load_settings
+from common.topics import RESERVED
 from server.enrol import Enrolment
 from server.identity import Authority
-from server.issued import Revocations
+from server.issued import Issued, Revocations, record
 from server.members import authority_of, hosts_of
 from server.nodes import Nodes
 from server.passage import HEAD_BYTES, Caller, Passage
@@ -53,9 +55,11 @@ READY_SECONDS = 0.05
 class Guests:
     """Who is connected, and how many may be."""
 
-    def __init__(self, config: DoorConfig, passage: Passage, revoked: Revocations) -> None:
+    def __init__(
+        self, config: DoorConfig, passage: Passage, revoked: Revocations, path: Path
+    ) -> None:
         self.passage = passage
-        self._config, self._revoked = config, revoked
+        self._config, self._revoked, self._path = config, revoked, path
         self._here: dict[DoorProtocol, Caller] = {}
         self._count: Counter[str] = Counter()
 
@@ -65,6 +69,8 @@ class Guests:
             return False
         self._here[guest] = caller
         self._count.update(_counted(caller))
+        if caller.farm is not None and self._revoked.lacks(caller.serial):
+            self._list(caller)
         return True
 
     def leave(self, guest: "DoorProtocol") -> None:
@@ -80,6 +86,27 @@ class Guests:
             if caller.farm is not None and self._revoked.holds(caller.serial):
                 log.warning("farm %s is revoked: its connection is cut", caller.farm)
                 guest.transport.abort()
+
+    def _list(self, caller: Caller) -> None:
+        """Write down a farm that joined after the backup that this server came back from.
+
+        Its certificate is ours; were it not in the list, nobody could revoke it.
+        """
+        if caller.farm is None or caller.expires is None or caller.farm in RESERVED:
+            return
+        given = Issued(
+            farm=caller.farm,
+            serial=f"{caller.serial:x}",
+            key=caller.key,
+            issued=datetime.now(UTC).replace(microsecond=0),
+            expires=caller.expires,
+        )
+        try:
+            record(self._path, given)
+        except FieldfedError as error:
+            log.error("farm %s is a member and not in the list: %s", caller.farm, error)
+            return
+        log.warning("farm %s joined after the backup of this server; it is listed", caller.farm)
 
     def _crowded(self, caller: Caller) -> bool:
         if caller.farm is not None:
@@ -183,7 +210,8 @@ class Door:
         self._authority: Authority = authority_of(settings, state_dir)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._set_tls_up()
-        self._revoked = Revocations(self._identity / "issued.jsonl")
+        listed = self._identity / "issued.jsonl"
+        self._revoked = Revocations(listed)
         self._passage = Passage(
             self.config,
             f"http://{settings.server.host}:{settings.server.port}",
@@ -192,7 +220,7 @@ class Door:
             self._revoked,
             lambda: self._shown,
         )
-        self._guests = Guests(self.config, self._passage, self._revoked)
+        self._guests = Guests(self.config, self._passage, self._revoked, listed)
 
     async def serve(self, until: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
         """Let farms in until the event is set; ``ready`` is called once they are.

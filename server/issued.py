@@ -109,20 +109,31 @@ class Revocations:
         self._path = path
         self._state: tuple[int, int, int] | None = None
         self._serials: frozenset[str] | None = None
+        self._given: frozenset[str] = frozenset()
 
     def holds(self, serial: int) -> bool:
         """Whether a certificate counts no longer; True of all when the list cannot be read."""
+        self._look()
+        return self._serials is None or f"{serial:x}" in self._serials
+
+    def lacks(self, serial: int) -> bool:
+        """Whether a certificate is not in the list, as after an older backup was restored."""
+        self._look()
+        return self._serials is not None and f"{serial:x}" not in self._given
+
+    def _look(self) -> None:
         try:
             found = self._path.stat()
             state = (found.st_ino, found.st_size, found.st_mtime_ns)
             if state != self._state:
-                self._serials = frozenset(one.serial for one in revoked_in(self._path))
+                lines = _parse(self._path, self._path.read_bytes())[0]
+                self._serials = frozenset(one.serial for one in _taken_back(lines))
+                self._given = frozenset(one.serial for one in _given(lines))
                 self._state = state
         except (OSError, StateError) as error:
             if self._serials is not None or self._state is None:
                 log.error("nobody is let in: the list of certificates cannot be read: %s", error)
             self._serials, self._state = None, (0, 0, 0)
-        return self._serials is None or f"{serial:x}" in self._serials
 
 
 def record(path: Path, issued: Issued) -> None:

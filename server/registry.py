@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 STABLE = "stable"
 CHANNEL_DAYS = 30.0
+LOCK = "objects.lock"
+"""Held by whoever adds or removes objects, or must see none come or go."""
 KEPT = 5
 """Newest versions that stay, beside those that a channel names or may go back to."""
 
@@ -98,7 +100,7 @@ class Registry:
         Raises:
             StateError: one does.
         """
-        with only_one(self._folder / "objects.lock"):
+        with only_one(self._folder / LOCK):
             yield self._versions
 
     def row(self, counter: int) -> VersionRow:
@@ -195,6 +197,16 @@ class Registry:
             for row in self._versions.channels()
             if row.expires < soon
         ]
+
+    def sign_again(self, why: str) -> None:
+        """Let every channel name what it names, with a number above all that devices have seen."""
+        for channel in self._versions.channels():
+            self.promote(channel.name, channel.version, why=why)
+        for row in self._versions.rollouts():
+            if row.going:
+                last = self.named(row.channel).counter
+                document, counter = self.document(row.channel, row.version, last)
+                self._versions.put_rollout(row.changed(document=document, counter=counter))
 
     def exchange_keys(self) -> None:
         """A new signing key; all that is there is signed by it as well."""

@@ -90,7 +90,9 @@ class Keeper:
                 return False
             if self._wanted() is None:  # it ended while Flower was asked, which takes seconds
                 return False
-            _start(self._network, Path(active.settings), active.after)
+            # by its name: a folder that was restored may lie elsewhere now
+            settings = self._network.state_dir / Path(active.settings).name
+            _start(self._network, settings, active.after)
         except LaunchError as error:
             log.warning("the run cannot be continued yet: %s", error)
             return False

@@ -37,5 +37,8 @@ class RunSettings(BaseModel):
         return self._of_the_run() == other._of_the_run()
 
     def _of_the_run(self) -> "RunSettings":
-        place = {"server": NetworkConfig(), **dict.fromkeys(("hub", "metrics", "page", "broker"))}
+        place = {
+            "server": NetworkConfig(),
+            **dict.fromkeys(("door", "hub", "metrics", "page", "broker")),
+        }
         return self.model_copy(update={"config": self.config.model_copy(update=place)})

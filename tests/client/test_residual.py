@@ -155,3 +155,14 @@ def test_reports_do_not_push_out_what_is_carried(tmp_path: Path) -> None:
         state.save_reply(asked, f"report{number}", reply)
     assert carried(state, request(2, train, 1), trained) is not None
     assert len(list((tmp_path / "replies").iterdir())) < 6
+
+
+def test_only_the_same_work_is_answered_from_disk(tmp_path: Path) -> None:
+    """A server restored from a backup uses numbers again, perhaps with other settings."""
+    train = TrainConfig(update_bits=4)
+    state, asked = FarmState(tmp_path), request(1, train, None)
+    answer(state, asked, np.ones(model_set(train).layout.count, np.float32), model_set(train))
+    same = {"attempt": 3, "body_kind": "full", "steps": 4, "folded": 0}
+    assert isinstance(state.load_reply(asked.model_copy(update=same), "align"), AlignReply)
+    for other in ({"seed": 1}, {"train": TrainConfig(update_bits=8)}, {"criterion": "taylor"}):
+        assert state.load_reply(asked.model_copy(update=other), "align") is None

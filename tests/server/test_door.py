@@ -430,6 +430,27 @@ def test_a_connection_in_the_middle_of_a_request_is_cut_too(door: LabDoor, link:
         assert status(answer_on(tls)) in (0, 403)  # 403: it had not begun yet
 
 
+def test_who_joined_after_the_backup_that_was_restored_is_listed_and_can_be_revoked(
+    door: LabDoor, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = door.folder / "identity" / "issued.jsonl"
+    rice = door.member("rice")
+    before = path.read_bytes()
+    apple = door.member("apple")
+    known = door.authority.issued()[-1]
+    path.write_bytes(before)
+    for _ in range(2):
+        check(Way(door.address, apple.tls))
+    check(Way(door.address, rice.tls))
+    listed = door.authority.issued()
+    assert [one.farm for one in listed] == ["rice", "apple"]
+    assert (listed[-1].serial, listed[-1].key) == (known.serial, known.key)
+    assert listed[-1].expires == known.expires
+    assert door.authority.revoke("apple") == 1
+    with pytest.raises(LinkError, match=r"revoked|cannot be reached|ended the connection"):
+        check(Way(door.address, apple.tls))
+
+
 def test_without_the_list_of_certificates_nobody_is_let_in(door: LabDoor) -> None:
     way = door.way()
     check(way)

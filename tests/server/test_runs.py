@@ -89,6 +89,18 @@ def test_a_dead_run_is_started_again_with_the_same_settings(
     assert not keeper.check()
 
 
+def test_a_folder_that_was_restored_elsewhere_goes_on_with_its_own_settings(
+    network: Network, flower: Flower, tmp_path: Path
+) -> None:
+    wanted(network, flower)
+    flower.living.clear()
+    elsewhere = Network("127.0.0.1", 8000, tmp_path / "elsewhere")
+    elsewhere.state_dir.mkdir()
+    (network.state_dir / "active-run.json").rename(elsewhere.state_dir / "active-run.json")
+    assert Keeper(elsewhere).check()
+    assert flower.submitted[-1] == elsewhere.state_dir / "run-model.json"
+
+
 def test_a_run_that_died_before_its_first_line_is_started_again(
     network: Network, flower: Flower
 ) -> None:

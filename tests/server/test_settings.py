@@ -6,6 +6,7 @@ import pytest
 
 from common.broker import Broker
 from common.config import NetworkConfig, PlanConfig, ServerConfig
+from common.door import DoorConfig
 from common.services import HubConfig, MetricsConfig, PageConfig
 from server.settings import RunSettings
 
@@ -23,6 +24,7 @@ def changed(**values: object) -> str:
     [
         changed(),
         changed(hub=HubConfig(port=9000)),
+        changed(door=DoorConfig()),
         changed(metrics=MetricsConfig()),
         changed(page=PageConfig()),
         changed(broker=Broker(host="broker.example.org", username="server")),
