@@ -23,7 +23,7 @@ from tests.lab.network import draw_folder
 from tests.system.site import call, command, site_settings, start, tell
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.processes, pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.system, pytest.mark.timeout(1500)]
 
 FARMS = ("oak", "vine")
 PRUNED = ("--rounds", "2", "--prune-heads", "0.4", "--label", "pruned")
