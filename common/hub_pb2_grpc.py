@@ -67,7 +67,7 @@ class HubServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The same at once, and again whenever it changes.
+        """The same as soon as there is such a channel, and again whenever it changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
