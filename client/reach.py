@@ -22,8 +22,8 @@ from common.diagnosis import Finding, fault, of_error, ok, warn
 from common.door import Checking
 from common.errors import FieldfedError, LinkError, RefusalError
 from common.greeting import greet, knock
-from common.messages import PROTOCOL
 from common.mqtt import remedy_for
+from common.protocols import PROTOCOL
 
 REACH_SECONDS = 10.0
 CHANNEL_SOON, VERSION_SOON = timedelta(days=7), timedelta(days=30)

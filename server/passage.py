@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from common.door import CHECK, JOIN, LEAVE, RENEW, Checked, Checking, DoorConfig
 from common.errors import FieldfedError, LinkError, ProtocolError
-from common.messages import PROTOCOL
+from common.protocols import PROTOCOL
 from common.release import release
 from server.enrol import Enrolment
 from server.nodes import Nodes, activated

@@ -23,7 +23,7 @@ from client.door import Conversation, Way, ask, check, look
 from common import certificates
 from common.door import CHECK, FLEET, JOIN, LEAVE, RENEW, Checking
 from common.errors import LaunchError, LinkError, StateError
-from common.messages import PROTOCOL
+from common.protocols import PROTOCOL
 from common.release import release
 from server.nodes import Nodes, activated, certified_farm
 from tests.lab.door import LabDoor, Link, stranger
