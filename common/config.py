@@ -8,7 +8,14 @@ from pydantic import Field, model_validator
 from common.broker import Broker
 from common.door import DoorConfig
 from common.section import Section
-from common.services import DeviceMetricsConfig, HubConfig, MetricsConfig, PageConfig
+from common.services import (
+    DeviceMetricsConfig,
+    HubConfig,
+    MetricsConfig,
+    PageConfig,
+    RegionConfig,
+    RegionEntry,
+)
 
 Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
@@ -289,6 +296,8 @@ class ServerConfig(Section):
     metrics: MetricsConfig | None = Field(default=None, description="absent: nothing is shown")
     page: PageConfig | None = Field(default=None, description="absent: no operator page")
     broker: Broker | None = Field(default=None, description="absent: devices tell nothing")
+    region: RegionConfig | None = Field(default=None, description="absent: no region of a centre")
+    regions: tuple[RegionEntry, ...] = Field(default=(), description="given: a centre of these")
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:

@@ -7,6 +7,7 @@ fields are refused on both sides. What an older protocol has is in common/protoc
 """
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -248,8 +249,10 @@ def to_parts(message: Request | Reply) -> tuple[str, dict[str, Array]]:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")), arrays
 
 
-def from_parts(text: str, arrays: dict[str, Array]) -> Request | Reply:
-    """Inverse of :func:`to_parts`.
+def from_parts(
+    text: str, arrays: dict[str, Array], kinds: Mapping[str, type[Request | Reply]] = KINDS
+) -> Request | Reply:
+    """Inverse of :func:`to_parts`; ``kinds``: the messages that may come.
 
     Raises:
         ProtocolError: another protocol version, an unknown kind, or a field that is missing,
@@ -257,7 +260,7 @@ def from_parts(text: str, arrays: dict[str, Array]) -> Request | Reply:
     """
     try:
         fields = json.loads(text)
-        protocol, kind = fields["protocol"], KINDS[fields["kind"]]
+        protocol, kind = fields["protocol"], kinds[fields["kind"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"not a message: {type(error).__name__} {error}") from error
     if type(protocol) is not int:

@@ -1,5 +1,8 @@
 """Settings of what runs beside Flower: where each listens. The door's are in common/door.py."""
 
+from pathlib import Path
+from typing import Annotated
+
 from pydantic import Field
 
 from common.section import Section
@@ -36,3 +39,28 @@ class PageConfig(Section):
 
     host: str = Field(default="127.0.0.1", description="to listen on")
     port: int = Field(default=9465, ge=1, le=65535, description="to listen on")
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+
+
+class RegionConfig(Section):
+    """A server that is a region of a larger network: who its centre is, and where it listens."""
+
+    centre: Name = Field(description="network of the centre, by the certificate that it shows")
+    host: str = Field(default="127.0.0.1", description="to listen on; 0.0.0.0: everywhere")
+    port: int = Field(ge=1, le=65535, description="to listen on")
+    names: tuple[str, ...] = Field(
+        default=(), description="names and addresses by which the centre reaches it"
+    )
+    fewest: int = Field(
+        default=3, ge=1, le=10_000, description="farms without which no record leaves the region"
+    )
+
+
+class RegionEntry(Section):
+    """A region, in the settings of its centre."""
+
+    name: Name = Field(description="of the region's network")
+    address: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$", description="host:port of its [region]")
+    member: Path = Field(description="what the region's operator got from certify; pins its keys")

@@ -22,7 +22,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from common.errors import RefusalError, RefuseReason
 
-Kind: TypeAlias = Literal["keys", "manifest", "channel"]
+Kind: TypeAlias = Literal["keys", "manifest", "channel", "round"]
 KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 NetworkName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 

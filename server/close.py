@@ -7,7 +7,7 @@ say instead -> mask -> surgery with compensation -> anchors of the new mask -> o
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
@@ -97,13 +97,12 @@ class RoundCloser:
         update, change, lost = self._update(run, work, replies, readers, trained)
         trained.add(model, change)
         cut = None
-        sent = _sent(replies, readers) if work.scored else {}
-        farms = self._score(run, sent, spec)
-        agreed = self._agree(replies, farms)
-        mask, counted, moments = base.mask, agreed, None
+        agreed, scores = self._consensus(run, work, replies, readers, spec)
+        mask, moments = base.mask, None
         if budget is not None and agreed is not None:
             moments = self._moments(model, spec)
             counted = self._counted(agreed, model, moments)
+            scores = [_gone_by(row, counted) for row in scores]
             mask = self._choose(run, counted, base.mask, budget)
         if mask != base.mask:
             before = spec
@@ -116,7 +115,6 @@ class RoundCloser:
         if mask != base.mask:
             log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
         candidate = self._candidate(model, spec, digest, base.digest, mask)
-        scores = _rows(agreed, counted, farms, sent, replies, base.mask)
         self._commit(run, number, candidate, mask, replies, scores, verdict)
         return Base(digest, mask)
 
@@ -178,16 +176,8 @@ class RoundCloser:
         trained: TrainableSet,
     ) -> tuple[codec.Bytes, codec.Floats, codec.Floats]:
         """The aggregate coded as farms code theirs, what every farm will add, and what is lost."""
-        count = trained.layout.count
-        train, rules, base = self._config.train, self._config.rounds, work.base.digest
-        merged = aggregate(
-            readers,
-            [row.examples * self._freshness(row) for row in replies],
-            count=count,
-            clip=rules.clip,
-            rule=rules.aggregation,
-            liars=rules.liars,
-        )
+        count, train, base = trained.layout.count, self._config.train, work.base.digest
+        merged = self._merged(replies, readers, count)
         rest = self._residuals.load(run, base, count) if train.error_feedback else None
         if rest is not None:
             merged = merged + rest
@@ -197,33 +187,66 @@ class RoundCloser:
         change = codec.decode(update, base=base, count=count)
         return update, change, merged - change
 
+    def _merged(
+        self, replies: Sequence[ReplyRow], readers: Sequence[ReplyReader], count: int
+    ) -> codec.Floats:
+        """What the farms learned together, fp32 (n,), as the rules of this server have it."""
+        rules = self._config.rounds
+        return aggregate(
+            readers,
+            [row.examples * self._freshness(row) for row in replies],
+            count=count,
+            clip=rules.clip,
+            rule=rules.aggregation,
+            liars=rules.liars,
+        )
+
     def _freshness(self, row: ReplyRow) -> float:
         """Weight of a reply by its age (FedAsync, Xie et al., 2019): (1 + rounds late)^-a."""
         return float((1 + row.round - row.of_round) ** -self._config.rounds.staleness_exponent)
 
     # --- consensus -------------------------------------------------------------------------
 
+    def _consensus(
+        self,
+        run: int,
+        work: Work,
+        replies: Sequence[ReplyRow],
+        readers: Sequence[ReplyReader],
+        spec: ModelSpec,
+    ) -> tuple[UnitScores | None, list[ScoreRow]]:
+        """What the farms agree on, where they scored, and what goes on record of it."""
+        sent = replied_scores(replies, readers) if work.scored else {}
+        farms = self._score(run, sent, spec)
+        agreed = self._agree(replies, farms)
+        return agreed, _rows(agreed, farms, sent, replies, work.base.mask)
+
     def _score(
         self, run: int, sent: Mapping[int, ReplyScores], spec: ModelSpec
     ) -> dict[int, UnitScores]:
-        """Each farm's scores by node; the scale tau is frozen at the run's first score round."""
+        """Each farm's scores by node."""
         if not sent:
             return {}
-        tau = self._store.tau(run)
-        if tau is None:
-            tau = median_tau([part.head_mmd2 for part in sent.values()])
-            self._store.freeze_tau(run, tau)
+        tau, exponent = self._scale(run, sent)
         return {
             node: farm_scores(
                 part.head_importance,
                 part.head_mmd2,
                 decode_neurons(part.neuron_importance, sum(spec.neurons)),
                 tau=tau,
-                exponent=self._config.plan.invariance_exponent,
+                exponent=exponent,
                 spec=spec,
             )
             for node, part in sent.items()
         }
+
+    def _scale(self, run: int, sent: Mapping[int, ReplyScores]) -> tuple[float, float]:
+        """tau, frozen at the run's first score round, and the exponent of the invariance."""
+        tau = self._store.tau(run)
+        if tau is None:
+            tau = median_tau([part.head_mmd2 for part in sent.values()])
+            self._store.freeze_tau(run, tau)
+        return tau, self._config.plan.invariance_exponent
 
     def _agree(
         self, replies: Sequence[ReplyRow], farms: dict[int, UnitScores]
@@ -232,12 +255,18 @@ class RoundCloser:
             return None
         plan = self._config.plan
         weighed = [(row.examples, farms[row.node]) for row in replies if row.node in farms]
-        # one liar is enough for a maximum, and so is the noise of one farm: where farms are not
-        # trusted, or hide their scores, it counts for nothing
+        kappa = plan.kappa if self._counts_maximum else 0.0
+        return consensus(weighed, kappa=kappa, rule=plan.consensus)
+
+    @property
+    def _counts_maximum(self) -> bool:
+        """One liar is enough for a maximum, and so is the noise of one farm.
+
+        Where farms are not trusted, or hide their scores, it counts for nothing.
+        """
         private = self._config.privacy
         hidden = private is not None and private.score_noise > 0
-        kappa = plan.kappa if plan.consensus == "mean" and not hidden else 0.0
-        return consensus(weighed, kappa=kappa, rule=plan.consensus)
+        return self._config.plan.consensus == "mean" and not hidden
 
     def _moments(self, model: VisionTransformer, spec: ModelSpec) -> Moments | None:
         """On source images, where there are some and the plan compensates."""
@@ -287,7 +316,9 @@ class RoundCloser:
         return pruned, pruned_spec, cut
 
 
-def _sent(replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]) -> dict[int, ReplyScores]:
+def replied_scores(
+    replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]
+) -> dict[int, ReplyScores]:
     """What farms sent by node; a late reply scored an older backbone."""
     return {
         row.node: reader.scores()
@@ -298,17 +329,16 @@ def _sent(replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]) -> dict[i
 
 def _rows(
     agreed: UnitScores | None,
-    counted: UnitScores | None,
     farms: Mapping[int, UnitScores],
     sent: Mapping[int, ReplyScores],
     replies: Sequence[ReplyRow],
     mask: Mask,
 ) -> list[ScoreRow]:
-    if agreed is None or counted is None:
+    if agreed is None:
         return []
     names = {row.node: row.farm for row in replies}
     together = agreed.flat_heads()
-    rows = [ScoreRow(farm=None, mask=mask.digest, heads=counted.flat_heads(), importance=together)]
+    rows = [ScoreRow(farm=None, mask=mask.digest, heads=together, importance=together)]
     for node, scores in farms.items():
         rows.append(
             ScoreRow(
@@ -320,3 +350,8 @@ def _rows(
             )
         )
     return rows
+
+
+def _gone_by(row: ScoreRow, counted: UnitScores) -> ScoreRow:
+    """In the row of the consensus, the scores that the mask goes by."""
+    return row if row.farm is not None else replace(row, heads=counted.flat_heads())

@@ -9,6 +9,8 @@ at most three times the median of those, so that one large farm does not speak f
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -122,13 +124,44 @@ def consensus(
         raise StateError("no farm sent scores; nothing can be pruned by consensus")
     if not 0 <= kappa <= 1 or rule not in _CENTRES:
         raise ConfigError(f"plan.kappa must be 0..1 and plan.consensus known: {kappa}, {rule}")
-    shapes = {_shape(scores) for _, scores in farms}
-    if len(shapes) > 1:
-        raise ProtocolError("farms scored different backbones", RejectReason.FOREIGN_MASK)
     ordered = sorted(farms, key=_sort_key)
     weights = _weights([examples for examples, _ in ordered])
-    heads = _merge([scores.flat_heads() for _, scores in ordered], weights, kappa, rule)
-    neurons = _merge([scores.flat_neurons() for _, scores in ordered], weights, kappa, rule)
+    parts = [
+        Part(weight, scores, scores) for weight, (_, scores) in zip(weights, ordered, strict=True)
+    ]
+    return pooled(parts, kappa, rule)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one farm, or all farms of a region together, say: weight, mean and maximum of scores."""
+
+    weight: float
+    mean: UnitScores
+    most: UnitScores
+
+
+def pooled(parts: Sequence[Part], kappa: float, rule: Rule = "mean") -> UnitScores:
+    """One score per unit from parts in an order of the caller's; arguments as :func:`consensus`.
+
+    Means of means with the sums of their weights, and the maximum of maxima, are those over all
+    farms: a network in regions agrees on what the same farms in one would. Median and trimmed mean
+    are not made of such parts; over regions they are those of the regions' means.
+
+    Raises:
+        ProtocolError: farms scored different backbones.
+    """
+    shapes = {_shape(scores) for part in parts for scores in (part.mean, part.most)}
+    if len(shapes) > 1:
+        raise ProtocolError("farms scored different backbones", RejectReason.FOREIGN_MASK)
+    weights = np.array([part.weight for part in parts], dtype=np.float64)
+    shares = weights / weights.sum()
+    most_H, most_N = (
+        reduce(np.maximum, (flat(part.most) for part in parts))
+        for flat in (UnitScores.flat_heads, UnitScores.flat_neurons)
+    )
+    heads = _merge([part.mean.flat_heads() for part in parts], most_H, shares, kappa, rule)
+    neurons = _merge([part.mean.flat_neurons() for part in parts], most_N, shares, kappa, rule)
     head_counts, neuron_counts = shapes.pop()
     return UnitScores(_split(heads, head_counts), _split(neurons, neuron_counts))
 
@@ -143,17 +176,22 @@ def _sort_key(farm: tuple[int, UnitScores]) -> tuple[int, bytes, bytes]:
     return examples, scores.flat_heads().tobytes(), scores.flat_neurons().tobytes()
 
 
+def total_weight(examples: Sequence[int]) -> float:
+    """What farms weigh together: sqrt(examples), each capped by *their* median."""
+    return float(_weights(examples).sum())
+
+
 def _weights(examples: Sequence[int]) -> Doubles:
-    """sqrt(examples), capped, as shares that sum to 1: (F,)."""
+    """sqrt(examples), capped: (F,)."""
     roots = np.sqrt(np.array(examples, dtype=np.float64))
-    roots = np.minimum(roots, WEIGHT_CAP * np.median(roots))
-    return np.asarray(roots / roots.sum())
+    return np.asarray(np.minimum(roots, WEIGHT_CAP * np.median(roots)))
 
 
-def _merge(rows: Sequence[Floats], weights: Doubles, kappa: float, rule: Rule) -> Floats:
-    """Scores (U,) of each farm and weights (F,) -> (U,)."""
-    scores_FU = np.stack(rows)
-    merged = (1 - kappa) * _CENTRES[rule](scores_FU, weights) + kappa * scores_FU.max(axis=0)
+def _merge(
+    rows: Sequence[Floats], most: Floats, shares: Doubles, kappa: float, rule: Rule
+) -> Floats:
+    """Scores (U,) of each farm, their maximum (U,), shares (F,) that sum to 1 -> (U,)."""
+    merged = (1 - kappa) * _CENTRES[rule](np.stack(rows), shares) + kappa * most
     return np.asarray(merged, dtype=np.float32)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -86,6 +86,9 @@ def start_or_resume(settings: RunSettings, store: Store, models: Models, state_d
 class RoundLoop:
     """One run."""
 
+    intake: ClassVar[type[Intake]] = Intake
+    closer: ClassVar[type[RoundCloser]] = RoundCloser
+
     def __init__(
         self,
         run: int,
@@ -107,8 +110,10 @@ class RoundLoop:
         self._dense = backbone.read_spec(self._models.path(row.base))
         self._plan = planned(self._config.plan, self._dense, store.verdicts(run))
         self._requests = Requests(run, self._config, self._models)
-        self._intake = Intake(run, self._config, self._models, self._spool, store, self._requests)
-        self._closer = RoundCloser(
+        self._intake = self.intake(
+            run, self._config, self._models, self._spool, store, self._requests
+        )
+        self._closer = self.closer(
             self._config, self._dense, self._models, self._spool, store, self._source()
         )
 
@@ -233,32 +238,11 @@ class RoundLoop:
 
     def _round(self, number: int, base: Base) -> Base | None:
         """The next training base; None when the farms' privacy allows no further round."""
-        self._meet()
         work = Work(number, base, self._plan.scores_in(number))
-        asked, answered = self._asked(number), self._answered(number)
-        names = [self._intake.farms[node] for node in asked]
-        privacy = self._config.privacy
-        self._detail = over_budget(self._store, self.run, privacy, names, number, work.scored)
-        if self._detail:
+        if not self._gather(work):
             log.warning("%s", self._detail)
             self._plan.end_after(number - 1)
             return None
-        self._open(work, len(asked))
-        budgets = self._step_budgets(asked)
-        folded = self._store.folded(self.run)
-        farms = self._intake.farms.items()
-        self._requests.counts({node: folded[farm] for node, farm in farms if farm in folded})
-        exchange = Exchange(
-            nodes=[node for node in asked if node not in answered],
-            request=partial(self._requests.align, work=work, budgets=budgets),
-            accept=self._intake.aligned(work),
-            sent=partial(self._sent, number, "align"),
-            fault=partial(self._intake.quarantine, number),
-            late=self._intake.late(work),
-        )
-        self._ask(exchange, self._config.rounds, number, self._owed)
-        if not self._store.replies(self.run, number):
-            raise StateError(f"round {number}: no farm answered; 'status' shows the reasons")
         verdict = self._judge(number, base)
         if verdict is not None and not verdict.accepted:
             return self._undo(number, verdict)
@@ -271,6 +255,37 @@ class RoundLoop:
             *(number, self._plan.rounds, 100 * new.mask.heads_kept_ratio),
         )
         return new
+
+    def _gather(self, work: Work) -> bool:
+        """Have the farms' replies on disk; False when their privacy allows no further round."""
+        self._meet()
+        number = work.number
+        asked, answered = self._asked(number), self._answered(number)
+        names = [self._intake.farms[node] for node in asked]
+        privacy = self._config.privacy
+        self._detail = over_budget(self._store, self.run, privacy, names, number, work.scored)
+        if self._detail:
+            return False
+        self._open(work, len(asked))
+        budgets = self._step_budgets(asked)
+        folded, farms = self._folded(), self._intake.farms.items()
+        self._requests.counts({node: folded[farm] for node, farm in farms if farm in folded})
+        exchange = Exchange(
+            nodes=[node for node in asked if node not in answered],
+            request=partial(self._requests.align, work=work, budgets=budgets),
+            accept=self._intake.aligned(work),
+            sent=partial(self._sent, number, "align"),
+            fault=partial(self._intake.quarantine, number),
+            late=self._intake.late(work),
+        )
+        self._ask(exchange, self._config.rounds, number, self._owed)
+        if not self._store.replies(self.run, number):
+            raise StateError(f"round {number}: no farm answered; 'status' shows the reasons")
+        return True
+
+    def _folded(self) -> dict[str, int]:
+        """The newest round, by farm, whose reply counts."""
+        return self._store.folded(self.run)
 
     def _open(self, work: Work, farms: int) -> None:
         rules = self._config.rounds

@@ -39,6 +39,7 @@ class RunSettings(BaseModel):
     def _of_the_run(self) -> "RunSettings":
         place = {
             "server": NetworkConfig(),
-            **dict.fromkeys(("door", "hub", "metrics", "page", "broker")),
+            "regions": (),
+            **dict.fromkeys(("door", "hub", "metrics", "page", "broker", "region")),
         }
         return self.model_copy(update={"config": self.config.model_copy(update=place)})

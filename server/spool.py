@@ -85,10 +85,11 @@ class ReplyReader:
         missing = [name for name in _SCORES if name not in self._places]
         if missing:
             raise StateError(f"'{self.spooled}' holds no {missing[0]}: it is not of a score round")
-        arrays = {name: self._array(name) for name in _SCORES}
+        arrays = {name: self.array(name) for name in _SCORES}
         return ReplyScores(**arrays)
 
-    def _array(self, name: str) -> Array:
+    def array(self, name: str) -> Array:
+        """One array of the reply, fp32 or uint8; raises KeyError when it came without."""
         place = self._places[name]
         dtype = np.dtype("<f4") if place.dtype == "F32" else np.dtype(np.uint8)
         values = np.frombuffer(self._bytes(name, 0, place.length), dtype)
@@ -114,11 +115,7 @@ class Spool:
         Raises:
             DiskError: the disk is full or cannot be written.
         """
-        arrays: dict[str, Array] = {"update": reply.update}
-        for name in _SCORES:
-            values = getattr(reply, name)
-            if values is not None:
-                arrays[name] = values
+        arrays = {name: value for name, value in reply if isinstance(value, np.ndarray)}
         # one key: safetensors writes several metadata keys in no particular order
         about = json.dumps({"run": run, "round": number, "node": node, "farm": reply.farm})
         data = save(arrays, metadata={"reply": about})
