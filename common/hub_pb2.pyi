@@ -71,3 +71,25 @@ class InstallReport(_message.Message):
 class Received(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("data", "size")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    size: int
+    def __init__(self, data: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
+
+class Given(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Question(_message.Message):
+    __slots__ = ("key", "attempt", "offset")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    attempt: int
+    offset: int
+    def __init__(self, key: _Optional[str] = ..., attempt: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...

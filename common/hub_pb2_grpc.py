@@ -228,3 +228,126 @@ class Hub:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RegionStub:
+    """How a centre speaks with a region of its network (server/region_record.py): the centre calls, the
+    region never does.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Give = channel.stream_unary(
+                '/fieldfed.hub.v1.Region/Give',
+                request_serializer=common_dot_hub__pb2.Piece.SerializeToString,
+                response_deserializer=common_dot_hub__pb2.Given.FromString,
+                _registered_method=True)
+        self.Take = channel.unary_stream(
+                '/fieldfed.hub.v1.Region/Take',
+                request_serializer=common_dot_hub__pb2.Question.SerializeToString,
+                response_deserializer=common_dot_hub__pb2.Piece.FromString,
+                _registered_method=True)
+
+
+class RegionServicer:
+    """How a centre speaks with a region of its network (server/region_record.py): the centre calls, the
+    region never does.
+    """
+
+    def Give(self, request_iterator, context):
+        """Leave an order on the region's desk; the same again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Take(self, request, context):
+        """The sealed answer to what was ordered, from where the centre wants it on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RegionServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Give': grpc.stream_unary_rpc_method_handler(
+                    servicer.Give,
+                    request_deserializer=common_dot_hub__pb2.Piece.FromString,
+                    response_serializer=common_dot_hub__pb2.Given.SerializeToString,
+            ),
+            'Take': grpc.unary_stream_rpc_method_handler(
+                    servicer.Take,
+                    request_deserializer=common_dot_hub__pb2.Question.FromString,
+                    response_serializer=common_dot_hub__pb2.Piece.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fieldfed.hub.v1.Region', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fieldfed.hub.v1.Region', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Region:
+    """How a centre speaks with a region of its network (server/region_record.py): the centre calls, the
+    region never does.
+    """
+
+    @staticmethod
+    def Give(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fieldfed.hub.v1.Region/Give',
+            common_dot_hub__pb2.Piece.SerializeToString,
+            common_dot_hub__pb2.Given.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Take(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fieldfed.hub.v1.Region/Take',
+            common_dot_hub__pb2.Question.SerializeToString,
+            common_dot_hub__pb2.Piece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -21,9 +21,11 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import RunNotRunningException
 
+from common.config import ServerConfig
 from common.errors import LaunchError, ProtocolError
 from common.logs import start_logging
 from common.messages import Reply, Request, Work
+from common.settings import load_settings
 from common.wire import MAX_ARRAY_BYTES, from_record, message_type, size_of, to_record
 from server.link import Delivery, Sent
 
@@ -44,12 +46,16 @@ _IMPORT_PATH = list(sys.path)
 def run(grid: Grid, context: Context) -> None:
     """Run the round loop over Flower; ``state-dir`` and ``settings`` come with the run."""
     sys.path[:] = _IMPORT_PATH
-    from server.rounds import run_rounds
+    from server.region_play import play_orders
+    from server.rounds import WallClock, run_rounds
 
     state_dir = Path(str(context.run_config["state-dir"]))
     settings = Path(str(context.run_config["settings"]))
     with FlowerLink(grid) as link:
-        run_rounds(link, state_dir, settings)
+        if settings.name == "server.toml":  # a region, whose centre says what is done
+            play_orders(load_settings(ServerConfig, settings), link, state_dir, WallClock())
+        else:
+            run_rounds(link, state_dir, settings)
 
 
 def main() -> None:

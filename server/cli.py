@@ -13,11 +13,12 @@ from rich.console import Console
 from common import logs
 from common.command import LogOption, run, write_new
 from common.config import Criterion, NetworkConfig, ServerConfig
-from common.errors import StateError
+from common.errors import ConfigError, StateError
 from common.settings import load_settings, validate
 from server.backup_cli import backup_app
 from server.doctor_cli import doctor_app
 from server.enrol_cli import enrol_app
+from server.region_cli import region_app
 from server.registry_cli import registry_app
 from server.rollout_cli import rollout_app
 
@@ -33,6 +34,7 @@ app.add_typer(masks, name="mask")
 app.add_typer(doctor_app)
 app.add_typer(enrol_app)
 app.add_typer(backup_app)
+app.add_typer(region_app, name="region")
 app.add_typer(registry_app, name="registry")
 app.add_typer(rollout_app, name="rollout")
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
@@ -74,6 +76,11 @@ min_farms = 1           # farms that must be online before a run starts
 # host = "0.0.0.0"
 # port = 8444
 # names = ["farms.example.org"]   # by which devices reach it
+
+# [region]              # of a larger network, whose centre says what is done
+# centre = "coop"
+# port = 8446
+# names = ["north.example.org"]   # by which the centre reaches it
 
 # [metrics]             # figures for Prometheus, on this machine
 # port = 9464
@@ -149,15 +156,18 @@ def up(folder: Folder, log: LogOption = "text") -> None:
     config = _settings(folder)
 
     from server.launch import serve
-    from server.runs import CHECK_SECONDS, Keeper
+    from server.runs import CHECK_SECONDS, keeper_of
 
     with serve(config, folder) as network:
+        then = f"in another terminal: fieldfed-server train {folder}"
+        if config.region is not None:
+            then = f"it plays what its centre '{config.region.centre}' orders"
         print(
             f"network {config.server.name} is up on {config.server.host}:{config.server.port}; "
-            f"in another terminal: fieldfed-server train {folder}",
+            f"{then}",
             flush=True,
         )
-        keeper = Keeper(network)
+        keeper = keeper_of(config, network)
         while True:
             keeper.check()
             time.sleep(CHECK_SECONDS)
@@ -175,7 +185,10 @@ def train(
     label: Annotated[str, typer.Option(help="name of the closing report")] = "model",
     log: LogOption = "text",
 ) -> None:
-    """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run."""
+    """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run.
+
+    A centre needs not be up: this command is it, and started again it goes on.
+    """
     logs.start_logging(log)
     plan: dict[str, Any] = {
         "rounds": rounds,
@@ -187,6 +200,10 @@ def train(
     if changes.keys() & {"prune_heads", "prune_macs"}:
         changes = {"prune_heads": None, "prune_macs": None, "targets": None} | changes
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
+    if config.region is not None:
+        raise ConfigError(
+            f"'{folder}' is a region: its centre '{config.region.centre}' starts runs"
+        )
 
     # only now: what follows takes seconds to import
     from common.backbone import read_spec
@@ -200,6 +217,16 @@ def train(
     if not base.is_file():
         raise StateError(f"no '{base}' yet; make it with: fieldfed-server pretrain {folder}")
     planned(config.plan, read_spec(base), [])  # said here, not by a process that ends
+    if config.region is not None:
+        raise ConfigError(
+            f"'{folder}' is a region: its centre '{config.region.centre}' starts runs"
+        )
+    if config.regions:
+        from server.region_line import lead
+
+        number = lead(settings, folder)
+        print(f"run {number} is done; see: fieldfed-server status {folder}")
+        return
     row = play(Network.of(config, folder), settings, Console())
     told = f", {row.detail}" if row.detail else ""
     print(f"run {row.run} is done{told}; see: fieldfed-server status {folder}")

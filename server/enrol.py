@@ -138,9 +138,12 @@ def enrol(config: ServerConfig, state_dir: Path, farm: str, hours: float) -> str
     """A code with which a farm may join.
 
     Raises:
-        ConfigError: there is no door, or it or the hub has no name, or the farm's name is none.
+        ConfigError: there is no door, or it or the hub has no name, or the farm's name is none, or
+            that of the centre, whose certificate may give orders.
         FieldfedError: the authority cannot be used.
     """
+    if config.region is not None and farm == config.region.centre:
+        raise ConfigError(f"'{farm}' is the name of this region's centre; choose another")
     if config.door is None:
         raise ConfigError("server.toml has no [door], where farms come in; add one, or use certify")
     for listener, section in ((config.door, "[door]"), (config.hub, "[hub]")):

@@ -4,6 +4,7 @@
     SuperExec   asks the SuperLink for runs and starts our ServerApp (server/app.py) for each
     door        lets farms on other machines in (server/door.py), where one is configured
     hub         hands signed models to devices (server/hub.py), where one is configured
+    region      takes the orders of a centre (server/region.py), where this server is a region
     metrics     shows figures to Prometheus (server/metrics.py), where they are configured
     bridge      hears and tells devices over MQTT (server/bridge.py), where a broker is configured
     page        shows operators what goes on (server/page.py), where it is configured
@@ -135,8 +136,8 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
     require_free_port(network.host, network.port, "[server] port")
     secret = _prepare(network)
     env = flower_environment(network.state_dir)
-    if config.door is not None or config.hub is not None:
-        authority_of(config, network.state_dir)  # here, so that the two do not both create it
+    if any((config.door, config.hub, config.region)):
+        authority_of(config, network.state_dir)  # here, so that no two of them create it
     superlink, superexec = _superlink(network, secret, env), _superexec(network, secret, env)
     services = list(_services(network, config))
     with terminate_like_interrupt(), Supervisor() as supervisor:
@@ -200,7 +201,7 @@ def _superexec(network: Network, secret: Path, env: dict[str, str]) -> Child:
 
 def _services(network: Network, config: ServerConfig) -> Iterator[Child]:
     """Our own programs beside Flower, as far as they are configured; each is ``server.NAME``."""
-    for name, open_ in (("door", config.door), ("hub", config.hub)):
+    for name, open_ in (("door", config.door), ("hub", config.hub), ("region", config.region)):
         if open_ is not None:
             require_free_port(open_.host, open_.port, f"[{name}] port")
             yield _service(network, name)

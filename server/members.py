@@ -71,10 +71,10 @@ def authority_of(config: ServerConfig, state_dir: Path) -> Authority:
 
 
 def hosts_of(config: ServerConfig) -> list[str]:
-    """What the server's certificate has to name: hub and door show the same one."""
+    """What the server's certificate has to name: hub, door and region show the same one."""
     return [
         host
-        for listener in (config.hub, config.door)
+        for listener in (config.hub, config.door, config.region)
         if listener is not None
         for host in (listener.host, *listener.names)
     ]

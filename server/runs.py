@@ -9,10 +9,12 @@ another process for it, which goes on behind the last committed round.
 import logging
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
+from common.config import ServerConfig
 from common.errors import LaunchError
 from common.files import write_atomically
 from server.follow import follow, last_run
@@ -73,6 +75,8 @@ def play(network: Network, settings: RunSettings, console: Console) -> RunRow:
 class Keeper:
     """Starts the wanted run again when its server process has died; ``up`` asks it now and then."""
 
+    news: ClassVar[str] = "the server process of the run died; another one continues it"
+
     def __init__(self, network: Network) -> None:
         self._network = network
         self._next, self._wait = 0.0, WAIT_SECONDS
@@ -98,7 +102,7 @@ class Keeper:
             return False
         finally:
             self._next = time.monotonic() + CHECK_SECONDS
-        log.warning("the server process of the run died; another one continues it")
+        log.warning("%s", self.news)
         self._next = time.monotonic() + self._wait
         self._wait = min(WAIT_LIMIT, 2 * self._wait)
         return True
@@ -112,6 +116,21 @@ class Keeper:
             _path(self._network).unlink(missing_ok=True)
             return None
         return active
+
+
+class RegionKeeper(Keeper):
+    """The same for the process that plays a centre's orders, which is always wanted."""
+
+    news: ClassVar[str] = "nobody was playing the centre's orders; a process is started that does"
+
+    def _wanted(self) -> ActiveRun | None:
+        settings = self._network.state_dir / "server.toml"
+        return ActiveRun(flower_run=0, settings=str(settings), after=0)
+
+
+def keeper_of(config: ServerConfig, network: Network) -> Keeper:
+    """What keeps a server at work."""
+    return Keeper(network) if config.region is None else RegionKeeper(network)
 
 
 def _start(network: Network, settings: Path, after: int) -> None:

@@ -12,7 +12,7 @@ from common.errors import LaunchError
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.launch import Network, RunStatus
-from server.runs import ActiveRun, Keeper, play
+from server.runs import ActiveRun, Keeper, keeper_of, play
 from server.settings import RunSettings
 from server.store import Store
 
@@ -173,3 +173,21 @@ def test_ctrl_c_stops_the_run_for_good(
     assert flower.stopped == [1]
     flower.living.clear()
     assert not Keeper(network).check()
+
+
+def test_who_plays_orders_is_always_wanted(network: Network, flower: Flower) -> None:
+    region = ServerConfig.model_validate({"region": {"centre": "coop", "port": 9}})
+    keeper = keeper_of(region, network)
+    assert keeper.check()
+    assert not keeper.check()
+    assert flower.submitted == [network.state_dir / "server.toml"]
+    with Store.open(network.state_dir / "fieldfed.db") as store:
+        store.finish_run(recorded(network), "done")
+    flower.living.clear()
+    assert keeper.check()
+    assert len(flower.submitted) == 2
+
+
+def test_an_ordinary_server_keeps_only_what_was_started(network: Network, flower: Flower) -> None:
+    assert not keeper_of(ServerConfig(), network).check()
+    assert not flower.submitted
