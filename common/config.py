@@ -297,7 +297,9 @@ class ServerConfig(Section):
     page: PageConfig | None = Field(default=None, description="absent: no operator page")
     broker: Broker | None = Field(default=None, description="absent: devices tell nothing")
     region: RegionConfig | None = Field(default=None, description="absent: no region of a centre")
-    regions: tuple[RegionEntry, ...] = Field(default=(), description="given: a centre of these")
+    regions: tuple[RegionEntry, ...] = Field(
+        default=(), description="the regions that this server is the centre of"
+    )
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:

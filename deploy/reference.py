@@ -177,7 +177,9 @@ def _section(
     for name, field in schema["properties"].items():
         part = _part(field, parts)
         if part is not None:
-            below.append((f"{path}.{name}".lstrip("."), part, field.get("description", "")))
+            inner = f"{path}.{name}".lstrip(".")
+            inner = f"[{inner}]" if "items" in field else inner  # as TOML has tables of a list
+            below.append((inner, part, field.get("description", "")))
             continue
         default = "required" if name in schema.get("required", ()) else _value(field.get("default"))
         keys.append([name, _words(field), default, field.get("description", "")])
@@ -191,7 +193,7 @@ def _section(
 
 def _part(field: Mapping[str, Any], parts: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The section that a field is, if it is one."""
-    for one in (field, *field.get("anyOf", ())):
+    for one in (field, field.get("items", {}), *field.get("anyOf", ())):
         if "$ref" in one:
             found: Mapping[str, Any] = parts[one["$ref"].rpartition("/")[2]]
             return found

@@ -89,8 +89,9 @@ class CentreCloser(RoundCloser):
         plan, mask = self._config.plan, work.base.mask.digest
         kappa = plan.kappa if self._counts_maximum else 0.0
         agreed = pooled(list(parts.values()), kappa, plan.consensus)
+        together = agreed.flat_heads()
         return agreed, [
-            ScoreRow(farm=None, mask=mask, heads=agreed.flat_heads()),
+            ScoreRow(farm=None, mask=mask, heads=together, importance=together),
             *(
                 ScoreRow(region, mask, part.mean.flat_heads(), mmd2=reader.array("shift"))
                 for (region, reader), part in zip(scored, parts.values(), strict=True)
