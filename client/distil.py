@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from client.portable import together
@@ -19,15 +20,31 @@ from client.serving import Bundle
 from client.shadow import best_temperature, sure_from
 from common import distil, fit
 from common.backbone import read_tensors
-from common.config import DistilConfig, TrainConfig
+from common.config import TrainConfig
 from common.errors import ModelError
 from common.export import exported
 from common.heads import evaluation_mode
 from common.images import FarmFolder, Part
 from common.portable import PortableBundle
+from common.section import Section
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
+
+
+class DistilConfig(Section):
+    """How a student learns."""
+
+    student: str = Field(default="mobilenetv3_small_100", description="a timm network")
+    weights: Path | None = Field(default=None, description="safetensors file; none: random")
+    epochs: int = Field(default=60, ge=1, le=10_000)
+    batch_size: int = Field(default=16, ge=8, le=1024)
+    lr: float = Field(default=2e-3, gt=0, le=1, description="AdamW")
+    weight_decay: float = Field(default=0.05, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0, le=100, description="T of the soft answers")
+    alpha: float = Field(default=1.0, ge=0, le=100, description="weight of the soft answers")
+    beta: float = Field(default=1.0, ge=0, le=1000, description="weight of the maps")
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class Student(nn.Module):

@@ -54,9 +54,8 @@ def distil(
 ) -> None:
     """Teach a small network what this farm serves with, and write it as a bundle."""
     from client.device import Device
-    from client.distil import portable_student, teach
+    from client.distil import DistilConfig, portable_student, teach
     from client.portable import in_8_bits
-    from common.config import DistilConfig
 
     logs.start_logging(log)
     device = Device.of(folder)

@@ -59,21 +59,6 @@ class TrainConfig(Section):
         return LEARNING_RATES[self.trainable] if self.lr is None else self.lr
 
 
-class DistilConfig(Section):
-    """How a student learns from what a farm serves with (client/distil.py)."""
-
-    student: str = Field(default="mobilenetv3_small_100", description="a timm network")
-    weights: Path | None = Field(default=None, description="safetensors file; none: random")
-    epochs: int = Field(default=60, ge=1, le=10_000)
-    batch_size: int = Field(default=16, ge=8, le=1024)
-    lr: float = Field(default=2e-3, gt=0, le=1, description="AdamW")
-    weight_decay: float = Field(default=0.05, ge=0, le=1)
-    temperature: float = Field(default=4.0, gt=0, le=100, description="T of the soft answers")
-    alpha: float = Field(default=1.0, ge=0, le=100, description="weight of the soft answers")
-    beta: float = Field(default=1.0, ge=0, le=1000, description="weight of the maps")
-    seed: int = Field(default=0, ge=0, lt=2**32)
-
-
 class TargetsConfig(Section):
     """A run that looks for the smallest backbone that is still good enough."""
 

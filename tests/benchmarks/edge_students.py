@@ -14,13 +14,12 @@ from statistics import fmean
 
 import numpy as np
 
-from client.distil import Student, portable_student, teach
+from client.distil import DistilConfig, Student, portable_student, teach
 from client.portable import calibrated
 from client.served import About
 from client.serving import Bundle
 from common import backbone, fit
 from common.backbone import parameters
-from common.config import DistilConfig
 from common.cost import cost_of
 from common.export import exported
 from common.manifest import Manifest

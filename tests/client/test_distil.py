@@ -10,12 +10,11 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from client.cli import app
-from client.distil import Student, portable_student, teach
+from client.distil import DistilConfig, Student, portable_student, teach
 from client.infer import Classifier
 from client.portable import calibrated
 from client.serving import Bundle, Serving
 from common import fit
-from common.config import DistilConfig
 from common.distil import map_distance
 from common.errors import ModelError
 from common.images import FarmFolder, open_folder

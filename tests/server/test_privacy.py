@@ -271,7 +271,8 @@ def test_a_private_run_prunes_and_reports_what_it_cost(lab: Lab, tmp_path: Path)
         run = store.latest_run()
         assert run is not None
         masks = store.masks(run.run)
-        (agreed,) = [row.heads for row in store.scores(run.run)[1] if row.farm is None]
+        (agreed,) = [row.importance for row in store.scores(run.run)[1] if row.farm is None]
+    assert agreed is not None
     assert agreed.sum() == pytest.approx(1, rel=1e-5), "the maximum over noisy farms counted"
     assert len(masks) == 2, "nothing was pruned"
     tale = story(lab, [run.run])
