@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 30.0
+GREETING_SECONDS = 120.0
+"""A device that was just switched on needs a minute to say who it is."""
 
 
 class Verdict(Enum):
@@ -262,3 +264,23 @@ def _judge(
     reason = RejectReason.MALFORMED if delivery.malformed else RejectReason.LOST
     exchange.fault(node, reason, delivery.error or "no reply")
     return Verdict.REJECTED if delivery.malformed else Verdict.RETRY
+
+
+def greeting_rules(rules: RoundConfig, known: int, strangers: int) -> RoundConfig:
+    """The rules by which farms are asked who they are, where so many are known already.
+
+    SuperLink calls a farm online for up to a minute after it has gone. Once enough have answered,
+    nobody waits longer than ``GREETING_SECONDS`` for it; who is late is asked again next round.
+    """
+    wanted = rules.min_farms - known
+    changes: dict[str, object] = {
+        "max_in_flight": strangers,  # a hello trains nothing: nobody needs to wait for a turn
+        "mode": "sync",
+        # an older farm says which protocol it speaks, and is asked again
+        "attempts": max(2, rules.attempts),
+        "quorum": min(1.0, max(wanted - 0.5, 0.5) / strangers),
+        "grace_seconds": GREETING_SECONDS,
+    }
+    if wanted <= 0 and known:
+        changes["deadline_seconds"] = min(rules.deadline_seconds, GREETING_SECONDS)
+    return rules.model_copy(update=changes)

@@ -20,7 +20,7 @@ from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
 from server.close import Base, RoundCloser, SourceBatches, Work
-from server.collect import Collector, Exchange, Owed, quorum_of
+from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
 from server.guard import accuracies, judge
 from server.intake import Intake
 from server.link import Clock, FarmLink
@@ -202,12 +202,8 @@ class RoundLoop:
                 sent=lambda _node, _attempt, _size: None,
                 fault=partial(self._intake.quarantine, 0),
             )
-            # a hello trains nothing: nobody needs to wait for a turn
-            rules = self._config.rounds
-            changes = {"max_in_flight": len(strangers), "mode": "sync"}
-            # an older farm says which protocol it speaks, and is asked again
-            changes["attempts"] = max(2, rules.attempts)
-            self._ask(exchange, rules.model_copy(update=changes), 0)
+            known = len(self._intake.farms)
+            self._ask(exchange, greeting_rules(self._config.rounds, known, len(strangers)), 0)
 
     def _ask(
         self,

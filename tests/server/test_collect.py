@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from common.config import RoundConfig
 from common.errors import RejectReason
 from common.messages import HelloReply, HelloRequest, Reply, Request
-from server.collect import Collector, Exchange, Owed, Verdict, quorum_of
+from server.collect import Collector, Exchange, Owed, Verdict, greeting_rules, quorum_of
 from server.link import Delivery, Sent
 from tests.lab.link import LabClock
 
@@ -193,3 +196,35 @@ def test_asynchronous_rounds_close_after_a_number_of_replies_without_grace() -> 
     assert play(link, {}, mode="async", buffer=2)[0] == 2
     assert link.clock.now() < 2.5
     assert quorum_of(1, RoundConfig(mode="async", buffer=5)) == 1
+
+
+def greeted(
+    delays: dict[int, float | str | None], known: int, **rules: object
+) -> tuple[int, float]:
+    """How many say who they are, and when that is over."""
+    link = Scripted(LabClock(), delays)
+    config = RoundConfig.model_validate({"deadline_seconds": 1800, "grace_seconds": 5} | rules)
+    count, _ = play(link, **greeting_rules(config, known, len(delays)).model_dump())
+    return count, link.clock.now()
+
+
+def test_a_farm_that_is_gone_holds_nobody_up_once_enough_have_said_who_they_are() -> None:
+    count, over = greeted({1: 10.0, 2: None, 3: 60.0}, known=0)
+    assert count == 2
+    assert 130 <= over < 132
+    count, over = greeted({2: None}, known=1)
+    assert count == 0
+    assert 120 <= over < 122
+
+
+def test_farms_without_which_a_run_cannot_begin_are_waited_for() -> None:
+    count, over = greeted({1: 1.0, 2: 900.0}, known=0, min_farms=2)
+    assert count == 2
+    assert 900 <= over < 902
+    assert greeted({1: 700.0}, known=0)[0] == 1
+
+
+@given(known=st.integers(0, 300), strangers=st.integers(1, 300), least=st.integers(1, 300))
+def test_a_greeting_wants_as_many_as_are_missing(known: int, strangers: int, least: int) -> None:
+    rules = greeting_rules(RoundConfig(min_farms=least), known, strangers)
+    assert quorum_of(strangers, rules) == min(max(least - known, 1), strangers)
