@@ -11,12 +11,14 @@ from client.agent import NETWORK
 from client.door import way_of
 from client.identity import ClientFiles, FarmIdentity
 from client.joining import RENEW_DAYS
+from client.teller import SESSION_SECONDS
 from client.trust import Trust
 from common.broker import Broker
 from common.checkup import private
 from common.config import FarmConfig
 from common.diagnosis import Finding, fault, looked, of_error, ok, warn
 from common.errors import FieldfedError
+from common.greeting import broker_findings
 from common.membership import Membership
 from common.sqlite import held
 
@@ -98,5 +100,6 @@ class _Farm:
         secret = where.password is not None
         yield from private([self.folder / "farm.toml"] if secret else [])
         yield from private([where.key] if where.key is not None else [])
-        farm, running = self.config.farm, held(self.state / "outbox.db")
-        yield from reach.broker(where, network, farm.device or farm.name, running=running)
+        name = self.config.farm.device or self.config.farm.name
+        holder = "this farm's program" if held(self.state / "outbox.db") else None
+        yield from broker_findings(where, network, name, SESSION_SECONDS, holder)

@@ -103,7 +103,7 @@ def faults(way: Way, membership: Membership, state_dir: Path) -> list[str]:
     return [one.words for one in found if one.level is not Level.OK]
 
 
-def keep(identity: FarmIdentity, state_dir: Path, membership: Membership) -> None:
+def take_in(identity: FarmIdentity, state_dir: Path, membership: Membership) -> None:
     """Take a membership in: its certificate, and what else it says.
 
     Raises:
@@ -157,7 +157,7 @@ def keep_young(
 def look_after(farm: FarmSection, state_dir: Path, way: Way, stop: threading.Event) -> None:
     """Keep a member's certificate young, in a thread of its own."""
     identity = FarmIdentity.create(state_dir / "identity", farm.name)
-    arguments = (identity, way, functools.partial(keep, identity, state_dir), stop)
+    arguments = (identity, way, functools.partial(take_in, identity, state_dir), stop)
     threading.Thread(target=keep_young, args=arguments, name="certificate", daemon=True).start()
 
 

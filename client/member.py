@@ -8,7 +8,7 @@ from typing import Self
 
 from client.hub import HubClient
 from client.identity import FarmIdentity
-from client.joining import keep
+from client.joining import take_in
 from client.ledger import FILE, Ledger
 from client.served import Served
 from client.trust import Trust
@@ -43,7 +43,7 @@ class Member:
             RefusalError: the signing keys have not signed themselves.
         """
         Trust(self._state / "trust.json", membership.keys, datetime.now(UTC))
-        keep(self.identity, self._state, membership)
+        take_in(self.identity, self._state, membership)
 
     @property
     def joined(self) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a farm reaches what it works with: door, SuperLink, hub, broker; each within seconds.
+"""Whether a farm reaches what it works with: door, SuperLink, hub; each within seconds.
 
 ``join`` asks this once, ``doctor`` whenever somebody wants to know. Nothing is written down, so the
 ledger does not count what is asked here: some hundred bytes, none of them of an image.
@@ -15,14 +15,10 @@ import grpc
 from client.door import Way, look
 from client.hub import HubClient
 from client.identity import ClientFiles
-from client.teller import SESSION_SECONDS
 from client.trust import Trust
-from common.broker import Broker
 from common.diagnosis import Finding, fault, of_error, ok, warn
 from common.door import Checking
 from common.errors import FieldfedError, LinkError, RefusalError
-from common.greeting import greet, knock
-from common.mqtt import remedy_for
 from common.protocols import PROTOCOL
 
 REACH_SECONDS = 10.0
@@ -138,19 +134,3 @@ def _refused(address: str, channel: str, error: LinkError) -> Finding:
     if details.endswith("none yet"):
         return ok("hub", f"{address} takes our certificate; it has no version yet")
     return warn("hub", f"{address}: {details}", f"correct [farm] channel ('{channel}')")
-
-
-def broker(where: Broker, network: str, device: str, *, running: bool) -> Iterator[Finding]:
-    """The broker: with the device's own name, unless its program has that connection now."""
-    place = f"{where.host}:{where.port}"
-    try:
-        if running:
-            knock(where)
-        else:
-            greet(where, network, device, SESSION_SECONDS)
-    except FieldfedError as error:
-        remedy = remedy_for(error) or "see that the broker runs, and that [broker] names it"
-        yield fault("broker", f"{place}: {error}", remedy)
-        return
-    how = "can be reached; this farm's program has the connection" if running else "lets us in"
-    yield ok("broker", f"{place} {how}")

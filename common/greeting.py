@@ -9,18 +9,46 @@ import contextlib
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from common.broker import Broker
-from common.errors import LinkError
-from common.mqtt import OLD_BROKER, client_of, name_of, options_of
+from common.diagnosis import Finding, fault, ok
+from common.errors import FieldfedError, LinkError
+from common.mqtt import OLD_BROKER, client_of, name_of, options_of, remedy_for
 from common.session import CONNECT_SECONDS, RefusedError
 
 TURN_SECONDS = 0.2
 ALERT_SECONDS = 1.0
 """In which a broker says that it does not take our certificate: TLS 1.3 says so afterwards."""
+
+
+def broker_findings(
+    broker: Broker, network: str, name: str, session_seconds: int, holder: str | None
+) -> Iterator[Finding]:
+    """What a doctor says of a broker.
+
+    Args:
+        broker: where to.
+        network: its name.
+        name: of the device, or of the server.
+        session_seconds: as its own program asks for.
+        holder: our program that has the connection of this name now, if one does.
+    """
+    place = f"{broker.host}:{broker.port}"
+    try:
+        if holder is not None:
+            knock(broker)
+        else:
+            greet(broker, network, name, session_seconds)
+    except FieldfedError as error:
+        remedy = remedy_for(error) or "see that the broker runs, and that [broker] names it"
+        yield fault("broker", f"{place}: {error}", remedy)
+        return
+    how = "lets us in" if holder is None else f"can be reached; {holder} has the connection"
+    yield ok("broker", f"{place} {how}")
 
 
 def greet(broker: Broker, network: str, name: str, session_seconds: int) -> None:

@@ -16,9 +16,8 @@ from common.checkup import database, date, json_files, memory, private, programs
 from common.config import BackboneConfig, ServerConfig
 from common.diagnosis import Finding, Level, fault, looked, ok, warn
 from common.errors import ConfigError, FieldfedError, StateError
-from common.greeting import greet, knock
+from common.greeting import broker_findings
 from common.images import count
-from common.mqtt import remedy_for
 from common.settings import load_settings
 from common.sqlite import held, looking
 from common.topics import SERVER
@@ -132,18 +131,8 @@ def _backbone(config: BackboneConfig, folder: Path) -> Iterator[Finding]:
 
 
 def _broker(where: Broker, network: str, folder: Path) -> Iterator[Finding]:
-    place, running = f"{where.host}:{where.port}", held(folder / NOTICES)
-    try:
-        if running:
-            knock(where)
-        else:
-            greet(where, network, SERVER, SESSION_SECONDS)
-    except FieldfedError as error:
-        remedy = remedy_for(error) or "see that the broker runs, and that [broker] names it"
-        yield fault("broker", f"{place}: {error}", remedy)
-        return
-    how = "can be reached; the bridge has the connection" if running else "lets us in"
-    yield ok("broker", f"{place} {how}")
+    holder = "the bridge" if held(folder / NOTICES) else None
+    yield from broker_findings(where, network, SERVER, SESSION_SECONDS, holder)
 
 
 # --- databases -----------------------------------------------------------------------------------

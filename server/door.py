@@ -15,7 +15,6 @@ Whoever is silent, slow or many is cut off. Revoked farms are cut off within a s
 import asyncio
 import contextlib
 import logging
-import signal
 import ssl
 from collections import Counter
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from server.issued import Issued, Revocations, record
 from server.members import authority_of, hosts_of
 from server.nodes import Nodes
 from server.passage import HEAD_BYTES, Caller, Passage
-from server.service import run_service
+from server.service import run_service, until_told
 
 log = logging.getLogger("server.door")  # also where this module is the program
 
@@ -308,10 +307,7 @@ class _Server(uvicorn.Server):
 
 async def _main(folder: Path) -> None:
     door = Door(load_settings(ServerConfig, folder / "server.toml"), folder)
-    until = asyncio.Event()
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(stop, until.set)
-    await door.serve(until)
+    await door.serve(until_told())
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ piece by piece as the device takes it, so a slow device costs one piece of memor
 
 import asyncio
 import logging
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -27,10 +25,9 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
 from common import hub_pb2, hub_pb2_grpc
-from common.certificates import common_name, parse_certificate
 from common.compress import compressed_piece
 from common.config import ServerConfig
-from common.errors import ConfigError, LaunchError
+from common.errors import ConfigError
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.services import HubConfig
@@ -38,10 +35,9 @@ from common.settings import load_settings
 from server.bodies import bodies_of
 from server.identity import ServerFiles
 from server.issued import Revocations
-from server.members import authority_of, hosts_of
+from server.listener import OPTIONS, caller, files_for, listen
 from server.offers import Offers
-from server.registry import Registry
-from server.service import run_service
+from server.service import run_service, until_told
 
 log = logging.getLogger("server.hub")  # also where this module is the program
 
@@ -51,14 +47,6 @@ LOOK_SECONDS = 1.0
 """Between two looks at whether a farm that waits for news is revoked."""
 MOST_WANTS = 20_000
 SERVICE: str = hub_pb2.DESCRIPTOR.services_by_name["Hub"].full_name
-OPTIONS = (
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # devices on bad links ask every 30 s whether the line is still there
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),
-)
 
 Context: TypeAlias = grpc.aio.ServicerContext
 
@@ -211,7 +199,7 @@ class HubService(hub_pb2_grpc.HubServicer):
 
     async def _farm(self, context: Context) -> str:
         """Name in the certificate that the caller has shown; TLS has checked all but one thing."""
-        farm, serial = _shown(context.auth_context()["x509_pem_cert"][0])
+        farm, serial = caller(context)
         if self._revoked.holds(serial):
             await _refuse(
                 context,
@@ -229,13 +217,6 @@ def _read(objects: Objects, digest: str, offset: int, compress: bool) -> tuple[b
 async def _refuse(context: Context, code: grpc.StatusCode, why: str) -> NoReturn:
     await context.abort(code, why)
     raise AssertionError("a call that was aborted goes on")
-
-
-@lru_cache(maxsize=4096)
-def _shown(certificate: bytes) -> tuple[str, int]:
-    """Whose certificate it is, and its number."""
-    parsed = parse_certificate(certificate, "the certificate")
-    return common_name(parsed.subject), parsed.serial_number
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:
@@ -278,13 +259,7 @@ async def serve_hub(
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        try:
-            server.add_secure_port(f"{config.host}:{config.port}", _credentials(files))
-        except RuntimeError as error:
-            raise LaunchError(
-                f"the hub cannot listen on {config.host}:{config.port}: stop what does, or choose "
-                "another port in [hub]"
-            ) from error
+        listen(server, config.host, config.port, files, "hub")
         await server.start()
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -297,24 +272,11 @@ async def serve_hub(
             await server.stop(grace=2.0)
 
 
-def _credentials(files: ServerFiles) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials(
-        [(files.key, files.certificate)], root_certificates=files.ca, require_client_auth=True
-    )
-
-
 async def _main(folder: Path) -> None:
     settings = load_settings(ServerConfig, folder / "server.toml")
-    config, name = settings.hub, settings.server.name
-    if config is None:
+    if settings.hub is None:
         raise ConfigError(f"'{folder / 'server.toml'}' has no [hub]; give it a port there")
-    Registry.create(folder, name).close()
-    authority = authority_of(settings, folder)
-    authority.renew_server(hosts_of(settings))
-    until = asyncio.Event()
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(stop, until.set)
-    await serve_hub(config, folder, authority.server_credentials(), until)
+    await serve_hub(settings.hub, folder, files_for(settings, folder), until_told())
 
 
 if __name__ == "__main__":

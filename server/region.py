@@ -9,7 +9,6 @@ and nothing else: no farm, no image, no store can be reached from here.
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,19 +17,16 @@ from typing import TypeAlias
 import grpc
 
 from common import hub_pb2, hub_pb2_grpc
-from common.certificates import common_name, parse_certificate
 from common.config import ServerConfig
-from common.errors import ConfigError, FieldfedError, LaunchError, ProtocolError
+from common.errors import ConfigError, FieldfedError, ProtocolError
 from common.services import RegionConfig
 from common.settings import load_settings
-from server.hub import OPTIONS
 from server.identity import ServerFiles
 from server.issued import Revocations
-from server.members import authority_of, hosts_of
+from server.listener import OPTIONS, caller, files_for, listen
 from server.region_desk import Desk
 from server.region_record import MAX_ORDER_BYTES
-from server.registry import Registry
-from server.service import run_service
+from server.service import run_service, until_told
 
 log = logging.getLogger("server.region")  # also where this module is the program
 
@@ -91,10 +87,8 @@ class RegionService(hub_pb2_grpc.RegionServicer):
 
     async def _require_centre(self, context: Context) -> None:
         """TLS has checked that the caller belongs to this network; it has to be the centre."""
-        pem = context.auth_context()["x509_pem_cert"][0]
-        shown = parse_certificate(pem, "the certificate")
-        name = common_name(shown.subject)
-        if name != self._centre or self._revoked.holds(shown.serial_number):
+        name, serial = caller(context)
+        if name != self._centre or self._revoked.holds(serial):
             why = "is revoked" if name == self._centre else "is not the centre of this region"
             log.warning("%s called and %s", name, why)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"'{name}' {why}")
@@ -122,16 +116,7 @@ async def serve_region(
     server = grpc.aio.server(options=OPTIONS)
     service = RegionService(config, state_dir, Revocations(state_dir / "identity" / "issued.jsonl"))
     hub_pb2_grpc.add_RegionServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    credentials = grpc.ssl_server_credentials(
-        [(files.key, files.certificate)], root_certificates=files.ca, require_client_auth=True
-    )
-    try:
-        server.add_secure_port(f"{config.host}:{config.port}", credentials)
-    except RuntimeError as error:
-        raise LaunchError(
-            f"the region cannot listen on {config.host}:{config.port}: stop what does, or choose "
-            "another port in [region]"
-        ) from error
+    listen(server, config.host, config.port, files, "region")
     await server.start()
     log.info("the centre '%s' leaves orders at %s:%d", config.centre, config.host, config.port)
     ready()
@@ -145,13 +130,7 @@ async def _main(folder: Path) -> None:
     settings = load_settings(ServerConfig, folder / "server.toml")
     if settings.region is None:
         raise ConfigError(f"'{folder / 'server.toml'}' has no [region]; give it a port there")
-    Registry.create(folder, settings.server.name).close()
-    authority = authority_of(settings, folder)
-    authority.renew_server(hosts_of(settings))
-    until = asyncio.Event()
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(stop, until.set)
-    await serve_region(settings.region, folder, authority.server_credentials(), until)
+    await serve_region(settings.region, folder, files_for(settings, folder), until_told())
 
 
 if __name__ == "__main__":

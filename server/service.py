@@ -1,6 +1,8 @@
 """How our programs beside Flower begin and end: ``python -P -m server.NAME FOLDER``."""
 
+import asyncio
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,3 +19,11 @@ def run_service(main: Callable[[Path], None], log: logging.Logger) -> None:
     except FieldfedError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
+
+
+def until_told() -> asyncio.Event:
+    """Set when this process is asked to end; for its event loop."""
+    told = asyncio.Event()
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(stop, told.set)
+    return told

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -35,7 +35,7 @@ from client.member import Member
 from client.serving import Serving
 from common import certificates
 from common.broker import Broker
-from common.diagnosis import Finding, Level
+from common.diagnosis import Level
 from common.door import Checking
 from common.errors import DiagnosisError
 from common.greeting import greet
@@ -50,11 +50,10 @@ from tests.lab.bundles import favouring, serve
 from tests.lab.door import LabDoor, Link
 from tests.lab.hub import LabHub
 from tests.lab.network import draw_folder
+from tests.lab.patient import Examined, Memory, contents, spoil
 from tests.lab.versions import NETWORK, add_version, learnt, model_of, two_versions
-from tests.system.site import toml
 from tests.waiting import wait_until
 
-Memory = namedtuple("Memory", "total available")
 HEALTHY = (
     *("settings", "images", "camera", "version", "membership", "key", "certificate", "door"),
     *("SuperLink", "clock", "protocol", "hub", "broker", "port", "programs", "files"),
@@ -74,15 +73,15 @@ class Network:
     pristine: Path
 
 
-@dataclass
-class Patient:
+@dataclass(kw_only=True)
+class Patient(Examined):
     """A farm in good health, until a test does something to it."""
 
+    settings: ClassVar = "farm.toml"
+    examine: ClassVar = examine
+
     network: Network
-    folder: Path
     data: Path
-    root: Path
-    sections: dict[str, dict[str, Any]]
 
     @property
     def state(self) -> Path:
@@ -91,11 +90,6 @@ class Patient:
     @property
     def identity(self) -> Path:
         return self.state / "identity"
-
-    def write(self, **sections: dict[str, Any]) -> None:
-        """Settings, with these changes."""
-        changed = {name: values | sections.get(name, {}) for name, values in self.sections.items()}
-        (self.folder / "farm.toml").write_text(toml(changed))
 
     def member(self, **changes: object) -> None:
         """The membership, with these changes."""
@@ -107,13 +101,6 @@ class Patient:
         """Another certificate for its key."""
         request = Member.of(self.folder).identity.request()
         (self.identity / "certificate.pem").write_bytes(authority.sign(request, days))
-
-    def look(self) -> list[Finding]:
-        return list(examine(self.folder, self.root))
-
-    def faults(self) -> dict[str, Finding]:
-        """What is not ok, by what was looked at."""
-        return {one.what: one for one in self.look() if one.level is not Level.OK}
 
 
 @pytest.fixture(scope="module")
@@ -165,19 +152,16 @@ def patient(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "watch": {"folder": str(tmp_path / "camera")},
         "metrics": {"port": free_port()},
     }
-    found = Patient(network, tmp_path / "apple", tmp_path / "photos", tmp_path / "root", sections)
+    found = Patient(
+        network=network,
+        folder=tmp_path / "apple",
+        data=tmp_path / "photos",
+        root=tmp_path / "root",
+        sections=sections,
+    )
     found.write()
     yield found
     network.broker.answer = lambda _version: 0
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        data = path.read_bytes() if path.is_file() else b""
-        found[str(path)] = (status.st_mode, status.st_mtime_ns, status.st_size, data)
-    return found
 
 
 # --- all is well ---------------------------------------------------------------------------------
@@ -465,15 +449,6 @@ def test_whatever_is_damaged_is_named_and_nothing_is_raised(patient: Patient, ho
         if path.is_dir():
             path.rmdir()
         path.write_bytes(before)
-        path.chmod(0o600)
-
-
-def spoil(path: Path, how: str) -> None:
-    path.unlink()
-    if how == "folder":
-        path.mkdir()
-    else:
-        path.write_bytes(b"\xff\x00 nonsense\n" * 20 if how == "garbage" else b"")
         path.chmod(0o600)
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -24,7 +24,7 @@ import server.doctor
 from client.identity import FarmIdentity
 from common import certificates
 from common.config import ServerConfig
-from common.diagnosis import Finding, Level
+from common.diagnosis import Level
 from common.errors import DiagnosisError
 from common.processes import Child, free_port, stop_all, wait_for_port
 from common.release import FLOWER
@@ -39,11 +39,10 @@ from tests.lab.devices import tell
 from tests.lab.door import LabDoor, Link
 from tests.lab.hub import LabHub
 from tests.lab.network import draw_folder
+from tests.lab.patient import Examined, Memory, contents, spoil
 from tests.lab.versions import NETWORK, two_versions
-from tests.system.site import toml
 
 ROOT = Path(__file__).parent.parent.parent
-Memory = namedtuple("Memory", "total available")
 HEALTHY = (
     *("settings", "weights", "source", "backbone", *["port"] * 5, "authority"),
     *("server certificate", "broker certificate", "broker certificate", "members"),
@@ -52,23 +51,18 @@ HEALTHY = (
 )
 
 
-@dataclass
-class Patient:
+@dataclass(kw_only=True)
+class Patient(Examined):
     """A server in good health, until a test does something to it."""
 
-    folder: Path
-    root: Path
+    settings: ClassVar = "server.toml"
+    examine: ClassVar = examine
+
     broker: FakeBroker
-    sections: dict[str, dict[str, Any]]
 
     @property
     def identity(self) -> Path:
         return self.folder / "identity"
-
-    def write(self, **sections: dict[str, Any]) -> None:
-        """Settings, with these changes."""
-        changed = {name: values | sections.get(name, {}) for name, values in self.sections.items()}
-        (self.folder / "server.toml").write_text(toml(changed))
 
     def sign(self, farm: str, days: int) -> None:
         """A farm is given a certificate."""
@@ -77,13 +71,6 @@ class Patient:
 
     def port(self, section: str) -> int:
         return int(self.sections[section]["port"])
-
-    def look(self) -> list[Finding]:
-        return list(examine(self.folder, self.root))
-
-    def faults(self) -> dict[str, Finding]:
-        """What is not ok, by what was looked at."""
-        return {one.what: one for one in self.look() if one.level is not Level.OK}
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +108,11 @@ def patient(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "page": {"port": free_port()},
             "broker": {"host": "127.0.0.1", "port": broker.port},
         }
-        found = Patient(tmp_path / "server", tmp_path / "root", broker, sections)
+        found = Patient(
+            folder=tmp_path / "server", root=tmp_path / "root", broker=broker, sections=sections
+        )
         found.write()
         yield found
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.stat()
-        data = path.read_bytes() if path.is_file() else b""
-        found[str(path)] = (status.st_mode, status.st_mtime_ns, status.st_size, data)
-    return found
 
 
 # --- all is well ---------------------------------------------------------------------------------
@@ -455,16 +435,6 @@ def test_whatever_is_damaged_is_named_and_nothing_is_raised(patient: Patient, ho
         if path.is_dir():
             path.rmdir()
         path.write_bytes(before)
-        path.chmod(mode)
-
-
-def spoil(path: Path, how: str) -> None:
-    mode = path.stat().st_mode
-    path.unlink()
-    if how == "folder":
-        path.mkdir()
-    else:
-        path.write_bytes(b"\xff\x00 nonsense\n" * 20 if how == "garbage" else b"")
         path.chmod(mode)
 
 
