@@ -28,7 +28,7 @@ test: $(STAMP) lint
 # What takes longer, or needs Debian's programs: farms that sleep, bad and rural links, versions on real
 # photographs, 4 GB of replies, a broker, alerts, a browser, machines as network namespaces.
 system: $(STAMP)
-	@.ci/debian chromium mosquitto prometheus nginx:nginx-light systemd-analyze:systemd docker-compose buildah stunnel:stunnel4 ip:iproute2
+	@.ci/debian chromium mosquitto prometheus nginx:nginx-light /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream systemd-analyze:systemd docker-compose buildah ip:iproute2
 	$(BIN)/python -P -m pytest -m system
 
 bench-bytes bench-edge bench-hub bench-newcomer bench-pruning: $(STAMP)

@@ -7,8 +7,11 @@ POST /v1/leave       a farm gives its certificates back
 POST /v1/check       a farm asks whether all is well, and, with a body, which release is there
 """
 
-from pydantic import AwareDatetime, Field
+from typing import Self
 
+from pydantic import AwareDatetime, Field, model_validator
+
+from common.processes import is_loopback
 from common.section import Section
 from common.signing import Document
 
@@ -25,6 +28,13 @@ class DoorConfig(Section):
     names: tuple[str, ...] = Field(
         default=(), description="names and addresses by which farms reach it"
     )
+    proxy_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="by which farms reach a TCP proxy before the door, which says who calls by the "
+        "PROXY protocol; without one they come to port",
+    )
     connections: int = Field(default=2048, ge=1, le=100_000, description="open at once")
     connections_per_farm: int = Field(
         default=16, ge=2, le=1000, description="of those, by one farm"
@@ -32,6 +42,20 @@ class DoorConfig(Section):
     requests_per_second: float = Field(
         default=50.0, gt=0, le=10_000, description="of each farm, beyond a burst; more wait"
     )
+
+    @property
+    def outside_port(self) -> int:
+        """By which farms come in."""
+        return self.proxy_port or self.port
+
+    @model_validator(mode="after")
+    def _reached_by_the_proxy_alone(self) -> Self:
+        if self.proxy_port is not None and not is_loopback(self.host):
+            raise ValueError(
+                f"with proxy_port, host has to be of this machine, such as 127.0.0.1, not "
+                f"'{self.host}': who reaches the door past the proxy could say that it is anybody"
+            )
+        return self
 
 
 class Checking(Document):

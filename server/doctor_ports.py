@@ -13,13 +13,14 @@ from cryptography import x509
 from common.certificates import UNREADABLE, parse_certificate
 from common.checkup import ANSWER_SECONDS, near, port, shows
 from common.config import ServerConfig
-from common.diagnosis import Finding, fault, of_error
+from common.diagnosis import Finding, fault, of_error, ok
 from common.door import DoorConfig
 from common.errors import ConfigError, ProtocolError
 from common.ports import holder
 from common.processes import is_loopback
 from common.services import HubConfig
 from server.members import address_of
+from server.proxy import UNTOLD
 
 
 def ports(config: ServerConfig, folder: Path) -> Iterator[Finding]:
@@ -30,8 +31,13 @@ def ports(config: ServerConfig, folder: Path) -> Iterator[Finding]:
     for setting, open_ in (("[door]", config.door), ("[hub]", config.hub)):
         if open_ is not None:
             yield from _named(setting, open_)
-            ours = partial(_shows_certificate, open_.host, open_.port, folder / "identity")
+            proxied = isinstance(open_, DoorConfig) and open_.proxy_port is not None
+            first = UNTOLD if proxied else b""
+            where = open_.host, open_.port
+            ours = partial(_shows_certificate, *where, folder / "identity", first)
             yield port(setting, open_.host, open_.port, ours)
+    if config.door is not None and config.door.proxy_port is not None:
+        yield from _before(config.door, config.door.proxy_port, folder / "identity")
     for setting, shown in (("[metrics]", config.metrics), ("[page]", config.page)):
         if shown is not None:
             yield from _near(setting, shown.host)
@@ -44,6 +50,18 @@ def _named(setting: str, listener: DoorConfig | HubConfig) -> Iterator[Finding]:
         address_of(listener, setting)
     except ConfigError as error:
         yield of_error("settings", error)
+
+
+def _before(door: DoorConfig, number: int, identity: Path) -> Iterator[Finding]:
+    """Whether the proxy before a door that runs leads to it."""
+    if not _shows_certificate(door.host, door.port, identity, UNTOLD):
+        return
+    what = f"port {number}"
+    if _shows_certificate(door.host, number, identity, b""):
+        yield ok(what, "of [door] proxy_port leads to the door")
+    else:
+        found = "of [door] proxy_port does not lead to the door, so no farm comes in"
+        yield fault(what, found, "start the proxy before the door, or take proxy_port away")
 
 
 def _near(setting: str, host: str) -> Iterator[Finding]:
@@ -73,8 +91,17 @@ def _of(number: int, folder: Path) -> bool:
     return any(path.is_relative_to(whole) for path in paths)
 
 
-def _shows_certificate(host: str, number: int, identity: Path) -> bool:
-    """Whether who listens there has the key of this server's certificate."""
+def _said(host: str, number: int, first: bytes) -> socket.socket:
+    line = socket.create_connection((near(host), number), ANSWER_SECONDS)
+    line.sendall(first)
+    return line
+
+
+def _shows_certificate(host: str, number: int, identity: Path, first: bytes) -> bool:
+    """Whether who listens there has the key of this server's certificate.
+
+    ``first`` is said before TLS begins, to one that expects a proxy.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -82,7 +109,7 @@ def _shows_certificate(host: str, number: int, identity: Path) -> bool:
     with contextlib.suppress(OSError, ProtocolError, *UNREADABLE):
         own = parse_certificate((identity / "server.crt").read_bytes(), "the server's")
         with (
-            socket.create_connection((near(host), number), ANSWER_SECONDS) as line,
+            _said(host, number, first) as line,
             context.wrap_socket(line) as tls,
         ):
             shown = x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"")

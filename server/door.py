@@ -9,6 +9,7 @@ shows the certificate that the network's authority has given it. A device withou
 join, and no more.
 
 HTTP/1.1 is read by h11, through uvicorn: one strict parser, and what is passed on is written anew.
+A TCP proxy may stand before it (server/proxy.py); TLS still ends here.
 Whoever is silent, slow or many is cut off. Revoked farms are cut off within a second.
 """
 
@@ -40,6 +41,7 @@ from server.issued import Issued, Revocations, record
 from server.members import authority_of, hosts_of
 from server.nodes import Nodes
 from server.passage import HEAD_BYTES, Caller, Passage
+from server.proxy import ProxyListener
 from server.service import run_service, until_told
 
 log = logging.getLogger("server.door")  # also where this module is the program
@@ -123,6 +125,8 @@ def _counted(caller: Caller) -> list[str]:
 class DoorProtocol(H11Protocol):
     """A connection: who it is, and how long it may take to say what it wants."""
 
+    announced: str | None = None
+    """Whose connection it is, where a proxy has said so."""
     _patience: asyncio.TimerHandle | None = None
 
     @property
@@ -133,7 +137,7 @@ class DoorProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """TLS is agreed upon, so the certificate is known."""
         super().connection_made(transport)
-        caller = caller_of(transport)
+        caller = caller_of(transport, self.announced)
         if not self.guests.enter(self, caller):
             log.warning("too many connections of %s", caller.farm or caller.address)
             transport.abort()
@@ -165,9 +169,9 @@ class DoorProtocol(H11Protocol):
             self._patience = None
 
 
-def caller_of(transport: asyncio.BaseTransport) -> Caller:
+def caller_of(transport: asyncio.BaseTransport, announced: str | None = None) -> Caller:
     """Who has connected; TLS has checked the certificate, if one was shown."""
-    address = (transport.get_extra_info("peername") or ("?",))[0]
+    address = announced or (transport.get_extra_info("peername") or ("?",))[0]
     tls = transport.get_extra_info("ssl_object")
     data = None if tls is None else tls.getpeercert(binary_form=True)
     if data is None:
@@ -229,22 +233,41 @@ class Door:
         """
         require_free_port(self.config.host, self.config.port, "[door] port")
         server = _Server(self._server_config())
-        serving = asyncio.create_task(server.serve())
-        looking = asyncio.create_task(self._look_after())
+        proxied = self.config.proxy_port is not None
+        serving = asyncio.create_task(server.serve([] if proxied else None))  # []: on no socket
+        working = [asyncio.create_task(self._look_after())]
         try:
             while not server.started:
                 if serving.done():
                     raise LaunchError(f"the door cannot listen on port {self.config.port}")
                 await asyncio.sleep(READY_SECONDS)
+            if proxied:
+                working.append(asyncio.create_task(self._listener(server).serve()))
             log.info("farms come in at %s:%d", self.config.host, self.config.port)
             ready()
             await until.wait()
         finally:
-            looking.cancel()
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
             server.should_exit = True
             with contextlib.suppress(SystemExit):
                 await serving
             await self._passage.close()
+
+    def _listener(self, server: uvicorn.Server) -> ProxyListener:
+        def protocol(address: str) -> DoorProtocol:
+            made = DoorProtocol(server.config, server.server_state, server.lifespan.state)
+            made.announced = address
+            return made
+
+        where = self.config.host, self.config.port
+        try:
+            return ProxyListener(*where, self._tls, protocol)
+        except OSError as error:
+            raise LaunchError(
+                f"the door cannot listen at {where[0]}:{where[1]}: {error}"
+            ) from error
 
     def _server_config(self) -> uvicorn.Config:
         return uvicorn.Config(

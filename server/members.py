@@ -90,7 +90,8 @@ def address_of(config: HubConfig | DoorConfig, section: str) -> str:
     if host in EVERYWHERE:
         option = ", or give --hub host:port" if section == "[hub]" else ""
         raise ConfigError(f"{section} listens everywhere but has no name; set its names{option}")
-    return f"{host}:{config.port}"
+    port = config.outside_port if isinstance(config, DoorConfig) else config.port
+    return f"{host}:{port}"
 
 
 def farm_of(certificate: bytes) -> str:

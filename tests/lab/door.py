@@ -3,15 +3,17 @@
 import asyncio
 import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar, TypeAlias
 
 from client.door import Conversation, Way
 from client.identity import FarmIdentity
 from common.config import ServerConfig
+from common.door import DoorConfig
 from common.errors import FieldfedError
 from common.membership import Membership
 from common.processes import free_port
@@ -78,16 +80,27 @@ class Link:
                 thread.join()
 
 
+Before: TypeAlias = Callable[[DoorConfig, Path], AbstractContextManager[None]]
+"""Runs a TCP proxy before a door of these settings; the folder is for its files."""
+
+
 class LabDoor:
-    """The door of a server's folder; ``limits`` are settings of it."""
+    """The door of a server's folder; ``limits`` are settings of it.
+
+    ``before`` is what stands before every one of them: nothing, or a proxy.
+    """
+
+    before: ClassVar[tuple[Before, ...]] = ()
 
     def __init__(self, folder: Path, link: Link, **limits: float) -> None:
         self.folder, self.link = folder, link
         door = {"host": "127.0.0.1", "port": free_port()} | limits
+        if self.before:
+            door["proxy_port"] = free_port()
         server = {"name": NETWORK, "port": link.port or free_port()}
         self.config = ServerConfig.model_validate({"server": server, "door": door})
         assert self.config.door is not None
-        self.port = self.config.door.port
+        self.port = self.config.door.outside_port
         self.address = f"127.0.0.1:{self.port}"
         self.url = f"https://{self.address}"
 
@@ -118,6 +131,14 @@ class LabDoor:
     @contextmanager
     def running(self) -> Iterator["LabDoor"]:
         """Let farms in while the context is open."""
+        with self._open(), ExitStack() as stack:
+            for before in self.before:
+                assert self.config.door is not None
+                stack.enter_context(before(self.config.door, self.folder / "before"))
+            yield self
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
         loop, ready = asyncio.new_event_loop(), threading.Event()
         until, failed = asyncio.Event(), list[FieldfedError]()
 
@@ -135,7 +156,7 @@ class LabDoor:
             assert ready.wait(START_SECONDS)
             if failed:
                 raise failed[0]
-            yield self
+            yield
         finally:
             if not failed:
                 loop.call_soon_threadsafe(until.set)

@@ -32,6 +32,7 @@ from common.settings import load_settings
 from server.cli import app
 from server.doctor import examine
 from server.identity import Authority
+from server.proxy import UNTOLD
 from server.registry import STABLE
 from server.store import Store
 from tests.lab.broker import FakeBroker
@@ -40,6 +41,7 @@ from tests.lab.door import LabDoor, Link
 from tests.lab.hub import LabHub
 from tests.lab.network import draw_folder
 from tests.lab.patient import Examined, Memory, contents, spoil
+from tests.lab.proxy import Saying
 from tests.lab.versions import NETWORK, two_versions
 
 ROOT = Path(__file__).parent.parent.parent
@@ -165,6 +167,24 @@ def test_a_server_that_runs_holds_its_own_ports_and_is_not_disturbed(patient: Pa
     for name in before:
         # what is in memory is one with this process's own, whose store is open to be written
         assert before[name] == after[name] or name.endswith("-shm"), name
+
+
+def test_a_proxy_has_to_lead_to_the_door_that_it_stands_before(patient: Patient) -> None:
+    number = free_port()
+    patient.write(door={"host": "127.0.0.1", "proxy_port": number})
+    what = f"port {number}"
+    assert what not in {one.what for one in patient.look()}, "the door does not run"
+    door = LabDoor(patient.folder, Link())
+    door.config = load_settings(ServerConfig, patient.folder / "server.toml")
+    with door.running():
+        lacks = patient.faults()[what]
+        assert "no farm comes in" in lacks.found
+        assert lacks.do == "start the proxy before the door, or take proxy_port away"
+        assert door.config.door is not None
+        with Saying(UNTOLD).before(door.config.door, patient.folder):
+            found = {one.what: one for one in patient.look()}
+            assert "leads to the door" in found[what].found
+            assert "our own program" in found[f"port {patient.port('door')}"].found
 
 
 def _service(name: str, patient: Patient) -> Child:
