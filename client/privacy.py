@@ -94,12 +94,8 @@ class Curtain:
 
 
 def _identity(request: AlignRequest) -> str:
-    """All that decides what the farm answers; asked the same again, it sends the same noise.
-
-    Backbone and anchors count by their digests: whether they came along says nothing of the work.
-    """
-    ways = {"anchors", "body", "body_kind", "body_from", "attempt"}
-    return request.model_dump_json(exclude=ways)
+    """All that decides what the farm answers; asked the same again, it sends the same noise."""
+    return request.model_dump_json(exclude=set(request.WAYS))
 
 
 def _insist(config: PrivacyConfig, scored: bool, least: float) -> None:

@@ -243,14 +243,13 @@ class FarmState:
 
 
 _NOTHING = {"nothing": np.zeros(1, np.uint8)}
-_WAYS = {"attempt", "anchors", "body", "body_kind", "body_from", "body_object", "body_bytes"}
 _BY_THEN = {"steps", "folded"}
 """What a request that is made again after a crash may say differently."""
 
 
 def _asked(request: Work) -> str:
     """sha256 of all that decides the answer to a request."""
-    text = request.model_dump_json(exclude=_WAYS | _BY_THEN)
+    text = request.model_dump_json(exclude={*request.WAYS, *_BY_THEN})
     return hashlib.sha256(text.encode()).hexdigest()
 
 

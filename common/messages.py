@@ -8,7 +8,7 @@ fields are refused on both sides. What an older protocol has is in common/protoc
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,14 @@ class Work(Message):
     )
     body_object: Digest | None = Field(default=None, description="sha256 of a body at the hub")
     body_bytes: int | None = Field(default=None, ge=1, le=2**31, description="its length")
+
+    WAYS: ClassVar[frozenset[str]] = frozenset(
+        {"attempt", "anchors", "body", "body_kind", "body_from", "body_object", "body_bytes"}
+    )
+    """How what is asked for comes to a farm; two requests that differ in nothing else ask the same.
+
+    Backbone and anchors are told apart by their digests.
+    """
 
     def identity(self) -> dict[str, Any]:
         """What a reply repeats, so that it can be matched to this request."""

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,12 +35,11 @@ from common.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
-    HelloRequest,
     Refusal,
     Reply,
 )
 from server.close import Base, Work
-from server.collect import Collector, Exchange, Verdict
+from server.collect import Collector, Exchange, Verdict, greeting_rules
 from server.keys import SigningKeys
 from server.link import Clock, FarmLink
 from server.models import Models
@@ -48,6 +47,7 @@ from server.region_base import MissingBaseError, bring_up, held
 from server.region_close import RegionCloser
 from server.region_desk import Desk
 from server.region_record import HELLO, Order, RegionReply, Terms, sealed
+from server.requests import Requests
 from server.rounds import RoundLoop
 from server.rows import GUARD
 from server.settings import RunSettings
@@ -147,6 +147,7 @@ class Player:
         self._link, self._clock, self._state_dir, self._store = link, clock, state_dir, store
         self._models, self._keys = Models(state_dir), SigningKeys.open(state_dir / "signing")
         self._models.sweep()
+        self._requests = Requests(0, config, self._models)
         self._loop: RegionLoop | None = None
         self._label = ""
         self._farms: dict[str, HelloReply] = {}
@@ -260,28 +261,29 @@ class Player:
     # --- introductions ---------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """Ask the farms that are online who they are."""
+        """Ask the farms that are online who they are, those of an older protocol in theirs."""
 
-        def welcome(_node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
+        def welcome(node: int, _attempt: int, reply: Reply, _size: int) -> Verdict:
             if isinstance(reply, HelloReply):
                 self._farms[reply.farm] = reply
+            older = isinstance(reply, Refusal) and reply.reason == "protocol"
+            if older and self._requests.farm_speaks(node, reply.protocol):
+                return Verdict.RETRY
             return Verdict.ACCEPTED
 
         nodes = list(self._link.online())
-        exchange = Exchange(
-            nodes=nodes,
-            request=lambda _node, _attempt: HelloRequest(),
-            accept=welcome,
-            sent=lambda _node, _attempt, _size: None,
-            fault=lambda node, reason, detail: log.warning("node %d: %s, %s", node, reason, detail),
-        )
-        rules = self._config.rounds
-        changes: dict[str, Any] = {
-            "max_in_flight": max(1, len(nodes)),
-            "mode": "sync",
-            "deadline_seconds": min(rules.deadline_seconds, HELLO_SECONDS),
-        }
-        Collector(self._link, self._clock, rules.model_copy(update=changes)).run(exchange)
+        if nodes:
+            exchange = Exchange(
+                nodes=nodes,
+                request=self._requests.hello,
+                accept=welcome,
+                sent=lambda _node, _attempt, _size: None,
+                fault=lambda node, *words: log.warning("node %d: %s, %s", node, *words),
+            )
+            soon = {"deadline_seconds": min(self._config.rounds.deadline_seconds, HELLO_SECONDS)}
+            rules = self._config.rounds.model_copy(update=soon)
+            rules = greeting_rules(rules, len(self._farms), len(nodes))
+            Collector(self._link, self._clock, rules).run(exchange)
 
     def _say_hello(self, desk: Desk) -> None:
         """Have on the desk who the region is, as it stands now."""

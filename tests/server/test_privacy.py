@@ -189,7 +189,8 @@ def test_a_farm_keeps_its_own_record_and_limit_whatever_run_a_server_names(
     aligned(lab, tmp_path, request_, max_epsilon=limit)
     for cached in (tmp_path / "replies").iterdir():
         cached.unlink()
-    aligned(lab, tmp_path, request_.model_copy(update={"attempt": 2}), max_epsilon=limit)
+    other_way = {"attempt": 2, "body_object": "a" * 64, "body_bytes": 1}
+    aligned(lab, tmp_path, request_.model_copy(update=other_way), max_epsilon=limit)
     assert spent(tmp_path) == pytest.approx(mu_squared(NOISY, 1, 1)), "the same reply cost twice"
     aligned(lab, tmp_path, request_.model_copy(update={"run": 2}), max_epsilon=limit)
     lenient = NOISY.model_copy(update={"delta": 0.9})

@@ -19,9 +19,11 @@ from common.messages import (
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
+    Refusal,
     Reply,
     Request,
 )
+from common.protocols import PROTOCOL
 from common.scores import encode_neurons
 from common.services import RegionConfig
 from common.spec import ModelSpec
@@ -52,6 +54,7 @@ class Village:
     def __init__(self, names: Sequence[str] = ("ash", "elm", "oak")) -> None:
         self.names = dict(enumerate(names, start=1))
         self.asked: list[Request] = []
+        self.speaks: dict[str, int] = {}
         self._rng = np.random.default_rng(0)
         self._waiting: dict[str, tuple[int, Request]] = {}
 
@@ -81,6 +84,9 @@ class Village:
                 "seconds": 1.0,
             }
             return EvaluateReply(**about, **values)
+        if request.protocol != self.speaks.get(farm, PROTOCOL):
+            spoken = self.speaks[farm]
+            return Refusal(reason="protocol", detail=f"it is {spoken} here", protocol=spoken)
         return HelloReply(farm=farm, examples=examples, classes=2)
 
     def _aligned(self, farm: str, examples: int, request: AlignRequest) -> AlignReply:
@@ -421,6 +427,13 @@ def test_a_region_introduces_all_its_farms_as_one(place: Place, candidates: Cand
     place.play(place.order(1, 0))
     assert introduced(place).examples == 36 + 14
     assert introduced(place).held == (candidates.digests[0],)
+
+
+def test_farms_of_the_older_protocol_count(place: Place) -> None:
+    place.village.speaks = {"ash": PROTOCOL - 1, "oak": PROTOCOL - 2}
+    looks = iter(range(3))
+    place.player.introduce(place.desk, lambda: next(looks, None) is not None)
+    assert introduced(place).examples == 11 + 12, "oak's protocol is one too old"
 
 
 def test_a_region_of_too_few_farms_does_not_introduce_itself(
