@@ -1,11 +1,13 @@
 """Local alignment: a farm trains its copy of the backbone on its own species.
 
-    loss = cross-entropy + lambda * DAL + (mu/2) * ||w - w_global||^2
+    loss = cross-entropy + lambda * DAL + (mu/2) * ||w - w_global||^2 + self-distillation
 
 DAL pulls what every attention head produces towards what it produced on the source species
-(common/anchors.py); the proximal term is FedProx (Li et al., 2020) over the trained weights only.
+(common/anchors.py); the proximal term is FedProx (Li et al., 2020) over the trained weights only;
+self-distillation follows a cut (client/teacher.py).
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from client.teacher import Teacher, lesson
 from common.anchors import Anchors, domain_alignment_loss
 from common.codec import Floats
 from common.config import TrainConfig
@@ -53,6 +56,7 @@ def align(
     autocast: bool,
     epochs: int | None = None,
     max_steps: int | None = None,
+    teacher: Teacher | None = None,
 ) -> Aligned:
     """Train ``config.trainable`` of a backbone, and its classifier, on a farm's fit part.
 
@@ -67,6 +71,7 @@ def align(
         autocast: forward in bfloat16.
         epochs: instead of ``config.epochs``.
         max_steps: ends earlier.
+        teacher: of self-distillation (``self_distil``); None: none.
 
     Raises:
         QualityError: the loss is no longer finite.
@@ -83,6 +88,17 @@ def align(
         start = {name: parameters[name].detach().clone() for name in names}
         heads = stack.enter_context(tap_heads(model)) if use_dal else []
         penalty = _Penalty(config, heads, anchors if use_dal else None, parameters, start)
+        if teacher is not None and config.self_distil > 0:
+            penalty.taught = stack.enter_context(
+                lesson(
+                    model,
+                    classifier,
+                    teacher,
+                    weight=config.self_distil,
+                    temperature=config.self_distil_temperature,
+                    autocast=autocast,
+                )
+            )
         log = train_epochs(
             model,
             classifier,
@@ -92,7 +108,7 @@ def align(
             trainable=names,
             seed=seed,
             autocast=autocast,
-            penalty=penalty if use_dal or config.proximal > 0 else None,
+            penalty=penalty if penalty.counts else None,
             epochs=passes,
             max_steps=max_steps,
         )
@@ -105,7 +121,7 @@ def align(
 
 
 class _Penalty:
-    """lambda * DAL + (mu/2) * ||w - w_global||^2 of the last forward pass."""
+    """lambda * DAL + (mu/2) * ||w - w_global||^2 + ``taught`` of the last forward pass."""
 
     def __init__(
         self,
@@ -120,6 +136,13 @@ class _Penalty:
         self._anchors = anchors
         self._pairs = [(parameters[name], start[name]) for name in start]
         self.seen: list[Tensor] = []
+        self.taught: Callable[[], Tensor] | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is anything to add."""
+        some = self._anchors is not None or self.taught is not None
+        return some or self._config.proximal > 0
 
     def __call__(self) -> Tensor:
         total = torch.zeros(())
@@ -131,4 +154,6 @@ class _Penalty:
         if self._config.proximal > 0:
             moved = torch.stack([(now - before).square().sum() for now, before in self._pairs])
             total = total + self._config.proximal / 2 * moved.sum()
+        if self.taught is not None:
+            total = total + self.taught()
         return total

@@ -23,6 +23,7 @@ from client.privacy import Curtain
 from client.residual import Coded, carried, encode
 from client.scores import FarmScores
 from client.state import FarmState
+from client.teacher import Asked, keep_teacher, teacher_of
 from client.turns import turn
 from common import backbone, codec, fit
 from common.anchors import Anchors
@@ -127,7 +128,7 @@ class Farm:
             detail = f"{self.name}: its disk is full or its state folder cannot be used"
             return Refusal(reason="internal", detail=detail)
 
-    def _work(self, request: AlignRequest | EvaluateRequest) -> Reply:
+    def _work(self, request: Asked) -> Reply:
         work = request.kind if isinstance(request, AlignRequest) else request.label
         cached = self._state.load_reply(request, work)
         if isinstance(cached, AlignReply | EvaluateReply):
@@ -255,6 +256,7 @@ class Farm:
             seed=self._seed(request, request.round),
             autocast=self._autocast,
             max_steps=request.steps,
+            teacher=teacher_of(self._state, request, base.spec, self._fitted),
         )
 
     def _anchors(self, request: AlignRequest) -> Anchors | None:
@@ -308,7 +310,7 @@ class Farm:
 
     # --- steps that both share -------------------------------------------------------------
 
-    def _bring_up(self, request: Work) -> Base:
+    def _bring_up(self, request: Asked) -> Base:
         """The backbone that the request stands on, from disk, a coded delta or a full body."""
         held = self._state.load_backbone(request.base)
         if held is not None:
@@ -327,7 +329,7 @@ class Farm:
         return Base(model, spec, request.base)
 
     def _changed(
-        self, request: Work, parent: str, body: codec.Bytes
+        self, request: Asked, parent: str, body: codec.Bytes
     ) -> tuple[VisionTransformer, ModelSpec]:
         """The backbone that a body makes of the one held."""
         held = self._state.load_backbone(parent) if parent else None
@@ -343,7 +345,8 @@ class Farm:
             raise ProtocolError(f"steps from another backbone came as steps from {parent[:12]}")
         for step in steps:
             if step.cut is not None:
-                self._state.save_cut(request.mask, held[1], step.cut.keep)
+                keep_teacher(self._state, request, step.base, *held)
+                self._state.save_cut(request.mask, held[1], step.cut.keep, step.base)
             held = step.apply(*held)
         return held
 
@@ -367,10 +370,15 @@ class Farm:
 
     def _judge_own(self, base: Base) -> fit.Evaluation:
         """With the classifier that the farm keeps for this backbone, or a new one."""
-        classifier = self._state.load_classifier(base.digest)
-        if classifier is None or classifier.out_features != len(self._folder.classes):
+        classifier = self._state.load_classifier(base.digest, len(self._folder.classes))
+        if classifier is None:
             return self._judge_test(base, keep=True)
         return self._test(base, classifier)
+
+    def _fitted(self, model: VisionTransformer, spec: ModelSpec, digest: str) -> nn.Linear:
+        """The classifier on disk for a backbone, or a new one."""
+        found = self._state.load_classifier(digest, len(self._folder.classes))
+        return self._refit(Base(model, spec, digest)) if found is None else found
 
     def _judge_test(self, base: Base, keep: bool) -> fit.Evaluation:
         # full precision, so that a reported figure does not depend on the farm's hardware

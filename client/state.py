@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,13 @@ class FarmState:
         """Digests of the backbones on disk, newest first."""
         return tuple(path.stem for path in _newest_first(self.folder / "backbones"))
 
-    def load_backbone(self, digest: str) -> tuple[VisionTransformer, ModelSpec] | None:
-        """The backbone with this digest, or None when it is absent or damaged."""
+    def load_backbone(
+        self, digest: str, touch: bool = True
+    ) -> tuple[VisionTransformer, ModelSpec] | None:
+        """The backbone with this digest, or None when it is absent or damaged.
+
+        With ``touch`` it is the newest from now on.
+        """
         path = self._backbone_path(digest)
         try:
             model, spec = backbone.load_backbone(path)
@@ -77,7 +83,8 @@ class FarmState:
             log.warning("backbone %s on disk is damaged; it will be fetched again", digest[:12])
             path.unlink(missing_ok=True)
             return None
-        os.utime(path)
+        if touch:
+            os.utime(path)
         return model, spec
 
     def save_backbone(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
@@ -105,16 +112,19 @@ class FarmState:
         body = save_tensors(tensors, metadata={"classes": json.dumps(list(classes))})
         write_atomically(self._classifier_path(digest), body)
 
-    def load_classifier(self, digest: str) -> nn.Linear | None:
-        """The classifier for the backbone ``digest``, or None when it is absent or damaged."""
+    def load_classifier(self, digest: str, classes: int | None = None) -> nn.Linear | None:
+        """The classifier for the backbone ``digest``, or None when it is absent or damaged.
+
+        With ``classes`` also when it knows another number of them.
+        """
         try:
             tensors = load_tensors(self._classifier_path(digest).read_bytes())
-            classes, width = tensors["weight"].shape
-            classifier = nn.Linear(width, classes)
+            known, width = tensors["weight"].shape
+            classifier = nn.Linear(width, known)
             classifier.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
             return None
-        return classifier
+        return classifier if classes in (None, known) else None
 
     def _classifier_path(self, digest: str) -> Path:
         return self.folder / "classifiers" / f"{digest}.safetensors"
@@ -210,9 +220,10 @@ class FarmState:
 
     # --- cuts ------------------------------------------------------------------------------
 
-    def save_cut(self, mask: str, spec: ModelSpec, keep: Keep) -> None:
-        """Keep what a prune event, that led to ``mask``, left of a backbone of this spec."""
+    def save_cut(self, mask: str, spec: ModelSpec, keep: Keep, base: str) -> None:
+        """Keep what a prune event, that led to ``mask``, left of the backbone ``base``."""
         cut = {
+            "base": base,
             "spec": spec.to_json(),
             "heads": [kept.tolist() for kept in keep.heads],
             "neurons": [kept.tolist() for kept in keep.neurons],
@@ -233,6 +244,14 @@ class FarmState:
             return ModelSpec.from_json(cut["spec"]), Keep(*kept)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def before_cut(self, mask: str) -> str | None:
+        """The digest of the backbone that the cut which led to ``mask`` was made from, or None."""
+        try:
+            base = json.loads((self.folder / "cuts" / f"{mask}.json").read_text())["base"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return base if isinstance(base, str) and re.fullmatch("[0-9a-f]{64}", base) else None
 
     # --- reports ---------------------------------------------------------------------------
 

@@ -43,6 +43,15 @@ class TrainConfig(Section):
     dal: Literal["mmd", "coral"] = Field(default="mmd", description="domain alignment loss")
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
+    self_distil: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="weight of what the backbone before the last cut says; 0 turns it off",
+    )
+    self_distil_temperature: float = Field(
+        default=2.0, gt=0, le=100, description="T of those soft answers"
+    )
     update_bits: Literal[2, 4, 8, 32] = Field(
         default=4, description="bits per number of a farm's update, and of the step back"
     )

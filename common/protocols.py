@@ -25,20 +25,17 @@ from typing import Any, NamedTuple
 from common.errors import ProtocolError, RejectReason
 
 SCHEMAS: Mapping[int, str] = {
-    2: "3e2ca4b4f6f920c8c4df113151f164238e6aa9ff6cb72d8411a0c716b7ae595e",
     3: "f9542a2e3c709240db357ad3f49aa8bde6c21f32720fcac16b88351c9de17e32",
+    4: "2f31c0d8995d1a49773f4aedae22a601b18e75b1e9f8c1d4032cd69e598afebb",
 }
 """The protocols spoken; sha256 of what tests/common/golden/protocol-N/schema.json says of each."""
 
 ADDED: Mapping[int, tuple[str, ...]] = {
-    3: (
-        "align.body_bytes",
-        "align.body_kind=hub",
-        "align.body_object",
-        "evaluate.body_bytes",
-        "evaluate.body_kind=hub",
-        "evaluate.body_object",
-        "hello_reply.hub",
+    4: (
+        "align.train.self_distil",
+        "align.train.self_distil_temperature",
+        "evaluate.train.self_distil",
+        "evaluate.train.self_distil_temperature",
     ),
 }
 """By protocol, what the one before lacks: KIND.FIELD, KIND.FIELD.FIELD, or KIND.FIELD=VALUE."""

@@ -137,7 +137,7 @@ def test_a_cut_takes_its_part_of_the_residual_away(tmp_path: Path, kind: str) ->
     cut = trainable_set(smaller, train.trainable, train.rank)
     asked = request(2, train, 1, mask="b")
     assert carried(state, asked, cut) is None  # this farm has not seen the cut
-    state.save_cut("b" * 64, SPEC, keep)
+    state.save_cut("b" * 64, SPEC, keep, "a" * 64)
     after = carried(state, asked, cut)
     assert after is not None
     expected = slice_tensors(trained.layout.unflatten(before), SPEC, keep)
