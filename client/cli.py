@@ -132,6 +132,27 @@ def evaluate(
     )
 
 
+@app.command(
+    epilog="Example: fieldfed-client needs farms/apple heads.json --dense base.safetensors"
+)
+def needs(
+    folder: Folder,
+    heads: Annotated[Path, typer.Argument(help="what 'fieldfed-server mask export' wrote")],
+    dense: Annotated[
+        Path | None, typer.Option(help="the server's base.safetensors; default: the fullest here")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Which attention heads are gone that this farm needs, by its own images. Nothing leaves it."""
+    from client.needs import needs as found_needs
+    from client.state import FarmState
+    from common.removals import Removals
+
+    removals, images = Removals.load(heads), _device(folder).images()
+    found = found_needs(removals, images, FarmState(folder / "state"), dense)
+    print(found.as_json() if as_json else found.words())
+
+
 @app.command(epilog="Example: fieldfed-client request farms/apple --out apple.csr")
 def request(
     folder: Folder, out: Annotated[Path, typer.Option(help="file for the server's operator")]

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,6 +17,7 @@ from common.settings import load_settings, validate
 from server.backup_cli import backup_app
 from server.doctor_cli import doctor_app
 from server.enrol_cli import enrol_app
+from server.mask_cli import mask_app
 from server.region_cli import region_app
 from server.registry_cli import registry_app
 from server.rollout_cli import rollout_app
@@ -29,8 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-masks = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
-app.add_typer(masks, name="mask")
+app.add_typer(mask_app, name="mask")
 app.add_typer(doctor_app)
 app.add_typer(enrol_app)
 app.add_typer(backup_app)
@@ -289,45 +288,6 @@ def report(
     write_report(story, out, {})
     Console().print(terminal_table(story))
     print(f"report: {out}")
-
-
-@masks.command("show", epilog="Example: fieldfed-server mask show network")
-def show_mask(folder: Folder, run_number: RunNumber = None) -> None:
-    """Which heads and neurons are left, block by block."""
-    from common.mask import Mask
-    from server.store import opened_run
-
-    with opened_run(folder, run_number) as (store, row):
-        mask = Mask.from_json(store.last_mask(row))
-        events = [one for one in store.rounds(row.run) if one.kind == "align"]
-    print(mask.describe())
-    ratio = next((one.macs_ratio for one in reversed(events) if one.macs_ratio is not None), 1.0)
-    print(
-        f"run {row.run}: {mask.heads_kept_ratio:.1%} of heads, {mask.neurons_kept_ratio:.1%} of "
-        f"neurons, {ratio:.1%} of MACs"
-    )
-
-
-@masks.command("explain", epilog="Example: fieldfed-server mask explain network 3 1")
-def explain_head(
-    folder: Folder,
-    block: Annotated[int, typer.Argument(help="from 0, as 'mask show' counts")],
-    head: Annotated[int, typer.Argument(help="from 0, in the dense backbone")],
-    run_number: RunNumber = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Why a head is still there, or is not: its scores by farm and its rank at every cut."""
-    from common.backbone import read_spec
-    from server.explain import explain, show
-    from server.models import Models
-    from server.store import opened_run
-
-    with opened_run(folder, run_number) as (store, row):
-        case = explain(store, row, read_spec(Models(folder).path(row.base)), block, head)
-    if as_json:
-        print(json.dumps(asdict(case), indent=2, sort_keys=True))
-    else:
-        Console().print(show(case))
 
 
 @app.command(
