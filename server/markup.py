@@ -1,6 +1,6 @@
 """HTML and SVG as a tree of elements: whatever comes from outside is escaped on writing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from xml.etree.ElementTree import Element
 
@@ -56,6 +56,21 @@ def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start") 
 def rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> Element:
     """A straight line."""
     return node("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
+
+
+def panel(title: str, words: str, chart: Element) -> Element:
+    """A chart with its heading."""
+    return node(
+        "figure", node("h3", title), node("p", words) if words else None, chart, class_="panel"
+    )
+
+
+def scrolled(caption: str, head: Element, rows: Sequence[Element]) -> Element:
+    """A table that scrolls sideways where it is too wide, also by the keyboard."""
+    table = node(
+        "table", node("caption", node("span", caption)), node("thead", head), node("tbody", *rows)
+    )
+    return node("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
 def document(root: Element) -> str:

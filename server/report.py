@@ -15,7 +15,8 @@ from common.errors import DataError
 from common.files import write_atomically
 from server import charts
 from server.compare import Interval, verdict
-from server.markup import document, node
+from server.cut_chart import cut_panel
+from server.markup import document, node, panel, scrolled
 from server.report_style import STYLE
 from server.story import (
     FarmLine,
@@ -169,7 +170,7 @@ def _results(story: Story) -> Element:
     head.append(node("th", _scale(low, high), scope="col", class_="scale"))
     rows = [_result(line, low, high) for line in lines]
     rows[-1].set("class", "mean")
-    table = _table("Accuracy on the test images; change is pruned minus dense.", head, rows)
+    table = scrolled("Accuracy on the test images; change is pruned minus dense.", head, rows)
     return _section("Results", _interval(story), _key(), table)
 
 
@@ -218,20 +219,7 @@ def _key() -> Element:
     return node("ul", *items, class_="key")
 
 
-def _table(caption: str, head: Element, rows: Sequence[Element]) -> Element:
-    table = node(
-        "table", node("caption", node("span", caption)), node("thead", head), node("tbody", *rows)
-    )
-    return node("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption)
-
-
 # --- pictures ----------------------------------------------------------------------------------
-
-
-def _panel(title: str, words: str, chart: Element) -> Element:
-    return node(
-        "figure", node("h3", title), node("p", words) if words else None, chart, class_="panel"
-    )
 
 
 def _removed(story: Story) -> Element:
@@ -239,13 +227,13 @@ def _removed(story: Story) -> Element:
         "What every attention head was worth to the farms together, and which were removed. "
         "Point at a cell for its figures."
     )
-    heads = _panel(
+    heads = panel(
         "Attention heads", "Blocks from the first (top) to the last.", charts.heat_map(story)
     )
-    neurons = _panel(
-        "MLP neurons kept", "Share of each block's neurons.", charts.neuron_bars(story)
-    )
-    return _section("What was removed", note, node("div", heads, neurons, class_="pair"))
+    neurons = panel("MLP neurons kept", "Share of each block's neurons.", charts.neuron_bars(story))
+    pair = node("div", heads, neurons, class_="pair")
+    cuts = node("div", *map(cut_panel, story.cuts), class_="pair cuts") if story.cuts else None
+    return _section("What was removed", note, pair, cuts)
 
 
 def _rounds(story: Story) -> Element:
@@ -254,8 +242,8 @@ def _rounds(story: Story) -> Element:
     compute = charts.macs_chart(story.rounds)
     pair = node(
         "div",
-        _panel("Mean accuracy", "Thin lines are the farms.", accuracy),
-        _panel("Compute per image", "Share of the dense backbone's MACs.", compute),
+        panel("Mean accuracy", "Thin lines are the farms.", accuracy),
+        panel("Compute per image", "Share of the dense backbone's MACs.", compute),
         class_="pair",
     )
     farms = []
@@ -293,7 +281,7 @@ def _all_figures(story: Story) -> Element:
         event = node("td", point.event or "", class_="words")
         number = node("th", str(point.round), scope="row")
         rows.append(node("tr", number, event, *(node("td", figure) for figure in figures)))
-    table = _table("Every round, with the accuracy of every farm.", head, rows)
+    table = scrolled("Every round, with the accuracy of every farm.", head, rows)
     return node("details", node("summary", "All figures, round by round"), table)
 
 
@@ -314,14 +302,14 @@ def _traffic(story: Story) -> Element:
     if link := story.mean_link_bytes():
         up += f" At the socket {size_text(link[0])}, with all that Flower sends around it."
         down += f" At the socket {size_text(link[1])}."
-    panels = (_panel("Sent", up, sent), _panel("Received", down, received))
+    panels = (panel("Sent", up, sent), panel("Received", down, received))
     pair = node("div", *panels, class_="pair")
     head = node("tr", node("th", "Farm", scope="col"))
     head.extend(node("th", f"Round {point.round}", scope="col") for point in story.rounds)
     head.append(node("th", "In all", scope="col"))
     head.append(node("th", "At the socket, per round", scope="col"))
     rows = [_traffic_row(story, line.farm) for line in story.farms]
-    table = _table("Bytes of every farm in every round: sent, and received below.", head, rows)
+    table = scrolled("Bytes of every farm in every round: sent, and received below.", head, rows)
     details = node("details", node("summary", "Bytes by farm and round"), table)
     return _section("Network traffic", note, pair, details)
 

@@ -50,6 +50,11 @@ svg .value { font-size: 18px; font-weight: 640; paint-order: stroke; stroke: var
 .head.gone { fill-opacity: var(--gone); stroke: var(--soft); stroke-opacity: 0.7;
              stroke-dasharray: 3 3; }
 .head.unscored { fill: var(--bar-rest); }
+.cut-farm { fill: var(--data); fill-opacity: 0.45; stroke: var(--data); }
+.cut-farms { stroke: var(--other); stroke-width: 1.5; }
+.cut-all { fill: var(--ink); stroke: var(--card); stroke-width: 1; }
+.cut-row { fill: transparent; }
+.cut-row.gone { fill: var(--bar-rest); }
 .cross { stroke: var(--ink); stroke-width: 1.4; stroke-linecap: round; }
 """
 
@@ -88,7 +93,8 @@ section { margin: 52px 0 0; }
 .figures .small { color: var(--soft); font-size: 0.86rem; line-height: 1.4; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px; }
 .many { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
-.pair + .many { margin-top: 20px; }
+.pair + .many, .pair + .cuts { margin-top: 20px; }
+.cuts { align-items: start; }
 .panel { background: var(--card); border: 1px solid var(--hair); border-radius: 14px;
          padding: 18px 20px 14px; margin: 0; break-inside: avoid; min-width: 0; }
 .panel p { color: var(--soft); font-size: 0.88rem; margin: -4px 0 10px; }

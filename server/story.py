@@ -79,6 +79,30 @@ class HeadMap(Chapter):
         return sum(map(sum, self.kept)), sum(map(len, self.kept))
 
 
+class CutHead(Chapter):
+    """What a head was worth when a prune event judged it, over the mean head of that round.
+
+    ``together`` is what the mask went by; blocks and heads count from 0, in the dense backbone.
+    """
+
+    block: Count
+    head: Count
+    removed: bool
+    together: Finite
+    farms: dict[str, Finite] = Field(default_factory=dict, description="by farm")
+
+
+class CutPoint(Chapter):
+    """A prune event: the heads that it removed and, of those that stayed, the closest."""
+
+    round: Count = Field(description="after which it took place")
+    heads: Count = Field(description="that were judged")
+    left: Count
+    threshold: Finite = Field(description="between the heads that went and those that stayed")
+    undone: bool = Field(default=False, description="the accuracy guard brought them back")
+    rows: tuple[CutHead, ...] = Field(min_length=1, description="the least worth first")
+
+
 class Provenance(Chapter):
     """How to get the same result again."""
 
@@ -110,6 +134,7 @@ class Story(Chapter):
     ci95_dense_minus_pruned: tuple[Difference, Difference] | None = None
     rounds: tuple[RoundPoint, ...] = ()
     heads: HeadMap
+    cuts: tuple[CutPoint, ...] = ()
     neurons_kept: tuple[Ratio, ...] = Field(description="share of MLP neurons kept, by block")
     heads_kept_ratio: Ratio
     macs_ratio: Ratio

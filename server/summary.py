@@ -9,6 +9,7 @@ from typing import Any
 from common import backbone
 from common.mask import Mask
 from common.spec import ModelSpec
+from server.cuts import cuts
 from server.models import Models
 from server.privacy import combined, finite
 from server.rows import GUARD, CandidateRow, LinkRow, RoundRow, RunRow, TrafficRow
@@ -66,6 +67,7 @@ def summarise(
         ci95_dense_minus_pruned=interval,
         rounds=tuple(_points(store, last, candidates)),
         heads=_head_map(store, last, mask, dense),
+        cuts=cuts(store, last),
         neurons_kept=tuple(
             kept / all_ for kept, all_ in zip(spec.neurons, dense.neurons, strict=True)
         ),

@@ -12,6 +12,7 @@ from common.backbone import read_spec
 from common.errors import ConfigError, StateError
 from common.mask import Mask
 from server.cli import app
+from server.cuts import CLOSEST, cuts
 from server.explain import Case, explain
 from server.models import Models
 from server.store import opened_run
@@ -72,6 +73,25 @@ def test_scores_are_importance_times_invariance(lab: Lab) -> None:
         np.testing.assert_allclose(of("score", farm), product / product.mean(), rtol=1e-3)
         assert sorted(of("rank", farm)) == list(range(1, 13))
         assert of("score", farm).mean() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_picture_of_a_cut_shows_the_same(lab: Lab) -> None:
+    with opened_run(lab.server_dir) as (store, run):
+        (cut,) = cuts(store, run)
+    assert (cut.round, cut.heads, cut.left, cut.undone) == (1, 12, 7, False)
+    assert sum(row.removed for row in cut.rows) == 5
+    assert len(cut.rows) == 5 + CLOSEST
+    assert [row.together for row in cut.rows] == sorted(row.together for row in cut.rows)
+    for row in cut.rows:
+        told = case(lab, row.block, row.head)
+        assert row.removed != told.kept
+        scores = {one.farm: one.score for one in told.hearings[0].opinions}
+        assert row.together == pytest.approx(scores.pop(None))
+        assert row.farms == pytest.approx(scores)
+    gone = [row.together for row in cut.rows if row.removed]
+    stayed = [row.together for row in cut.rows if not row.removed]
+    assert max(gone) <= cut.threshold <= max(stayed)
+    assert not [one for one in stayed if max(gone) < one < cut.threshold]
 
 
 def test_the_commands_say_the_same(lab: Lab) -> None:

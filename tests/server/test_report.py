@@ -3,13 +3,15 @@ from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import pytest
 
 from common.errors import DataError, StateError
 from server.charts import score_colour
+from server.cut_chart import LEFT, RIGHT, cut_panel
 from server.report import write_report
-from server.story import FarmLine, HeadMap, Provenance, RoundPoint, Story
+from server.story import CutHead, CutPoint, FarmLine, HeadMap, Provenance, RoundPoint, Story
 
 NASTY = '<script>alert("x")</script>&\'"'
 JPEG = b"\xff\xd8\xff\xe0 leaf"
@@ -221,3 +223,87 @@ SPARSE = FarmLine(farm="only", species="only", probe=0.5, pruned=0.5, f1_pruned=
 def test_sparse_and_large_stories_can_be_told(tmp_path: Path, changes: dict[str, Any]) -> None:
     text, _ = report(tmp_path, story(**changes))
     assert "nan" not in re.sub(r"[a-z]+nan|nan[a-z]+", "", text.lower())
+
+
+# --- prune events --------------------------------------------------------------------------------
+
+
+def cut_of(**changes: Any) -> CutPoint:
+    rows = (
+        CutHead(block=0, head=1, removed=True, together=0.2, farms={"north": 0.1, NASTY: 0.4}),
+        CutHead(block=1, head=2, removed=True, together=0.5, farms={"north": 2.5, NASTY: 0.3}),
+        CutHead(block=1, head=0, removed=False, together=0.7, farms={"north": 0.6, NASTY: 0.9}),
+    )
+    values: dict[str, Any] = {"round": 2, "heads": 6, "left": 4, "threshold": 0.6, "rows": rows}
+    return CutPoint(**values | changes)
+
+
+def drawn(cut: CutPoint) -> Element:
+    (figure,) = cut_panel(cut).iter("svg")
+    return figure
+
+
+def marks_of(figure: Element, kind: str) -> list[Element]:
+    return [one for one in figure.iter() if kind in (one.get("class") or "").split()]
+
+
+def test_every_prune_event_has_a_picture_with_words(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    write_report(story(cuts=(cut_of(), cut_of(round=4, undone=True))), out, {})
+    page, reader = out.read_text(), Reader()
+    reader.feed(page)
+    for number in (2, 4):
+        assert f"<title>Prune event after round {number}</title>" in page
+        assert f"Heads removed after round {number}, and the closest that stayed" in page
+    assert page.count("Brought back later, for it cost too much.") == 1
+    assert len(reader.having("cut-all")) == 2 * (3 + 1)  # a bar for each head, and the key
+    assert NASTY not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    for kind in ("cut-farm", "cut-farms", "cut-all", "cut-row", "cut-row.gone"):
+        assert re.search(rf"\.{re.escape(kind)} {{[^}}]*var\(--", page) or kind == "cut-row", kind
+    for colour in re.findall(r"\.cut-[^}]*}", page):
+        assert "#" not in colour, "colours of both schemes come from variables"
+
+
+def test_dots_bars_and_threshold_lie_where_the_figures_say() -> None:
+    figure = drawn(cut_of())
+    bars = [one for one in marks_of(figure, "cut-all") if one.find("title") is not None]
+    centres = [float(one.get("x", "")) + 2.5 for one in bars]
+    assert centres == sorted(centres)
+    (line,) = [one for one in marks_of(figure, "event") if float(one.get("y2", "")) > 80][:1]
+    threshold = float(line.get("x1", ""))
+    assert centres[1] < threshold < centres[2]
+    dots = [one for one in marks_of(figure, "cut-farm") if one.find("title") is not None]
+    told = {one.find("title").text: float(one.get("cx", "")) for one in dots}  # type: ignore[union-attr]
+    assert len(told) == 6
+    far = told["north: 2.50 times the mean head"]
+    assert far == max(told.values()) == pytest.approx(RIGHT)
+    assert told["north: 0.10 times the mean head"] == min(told.values())
+    between = (told[f"{NASTY}: 0.40 times the mean head"] - LEFT) / (far - LEFT)
+    assert between == pytest.approx((0.4 / 2.5) ** 0.5, abs=1e-4)
+    assert len(marks_of(figure, "gone")) == 2
+    told_all = figure.find("desc")
+    assert told_all is not None
+    assert told_all.text == (
+        "2 of 6 heads went, 4 stayed. The threshold is 0.60 times the mean head. Removed: "
+        "block 1, head 2 0.20; block 2, head 3 0.50"
+    )
+
+
+def test_many_farms_are_a_line_and_not_thousands_of_dots() -> None:
+    farms = {f"farm{number}": number / 500 for number in range(1000)}
+    rows = tuple(
+        CutHead(block=0, head=head, removed=head == 0, together=head + 0.5, farms=farms)
+        for head in range(2)
+    )
+    figure = drawn(cut_of(rows=rows))
+    assert len(marks_of(figure, "cut-farms")) == 2
+    assert len([one for one in marks_of(figure, "cut-farm") if one.find("title") is not None]) == 0
+
+
+def test_every_figure_of_a_cut_is_in_its_table() -> None:
+    panel = cut_panel(cut_of())
+    cells = [[cell.text for cell in row] for row in panel.iter("tr")]
+    assert cells[0] == ["Head", None, "All together", NASTY, "north"]
+    assert cells[2] == ["Block 2, head 3", "removed", "0.50", "0.30", "2.50"]
+    assert cells[3] == ["Block 2, head 1", "kept", "0.70", "0.90", "0.60"]
