@@ -85,9 +85,9 @@ def magnitude(scoring: Scoring) -> FarmScores:
     heads, neurons = [], []
     with torch.no_grad():
         for block in block_layers(scoring.model):
-            count = block.attn.num_heads
-            rows = block.attn.qkv.weight.reshape(3, count, -1).square().sum((0, 2))
-            columns = block.attn.proj.weight.T.reshape(count, -1).square().sum(1)
+            shape = block.attn.num_heads, block.attn.head_dim, block.attn.qkv.in_features
+            rows = block.attn.qkv.weight.reshape(3, *shape).square().sum((0, 2, 3))
+            columns = block.attn.proj.weight.T.reshape(shape).square().sum((1, 2))
             heads.append((rows + columns).sqrt())
             squares = block.fc1.weight.square().sum(1) + block.fc2.weight.square().sum(0)
             neurons.append(squares.sqrt())

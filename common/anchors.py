@@ -47,7 +47,7 @@ class _Metadata(BaseModel):
     version: Literal[1] = 1
     seed: int = Field(ge=0, lt=2**63)
     count: int = Field(ge=2, le=10**9)
-    heads: list[Annotated[int, Field(ge=1, le=65536)]] = Field(min_length=1, max_length=1024)
+    heads: list[Annotated[int, Field(ge=0, le=65536)]] = Field(min_length=1, max_length=1024)
 
 
 @dataclass(frozen=True, eq=False)

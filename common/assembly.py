@@ -27,7 +27,9 @@ def require_buildable(manifest: Manifest) -> None:
             model = backbone.build(manifest.spec)
     except ModelError as error:
         raise RefusalError(f"{what}: {error}", RefuseReason.INCOMPATIBLE) from error
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if tensor.numel()
+    }
     named = {tensor.name: tensor.shape for tensor in manifest.tensors}
     wrong = sorted(name for name in needed | named if needed.get(name) != named.get(name))
     if wrong:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from common.efficient import install
 from common.errors import ModelError
 from common.files import write_atomically
+from common.silent import SilentAttention
 from common.spec import ModelSpec, saved_spec
 from common.tensors import header_of
 
@@ -64,8 +65,11 @@ def build(spec: ModelSpec) -> VisionTransformer:
     _require_plain(model, spec.name)
     if len(model.blocks) != spec.depth:
         raise ModelError(f"{spec.name} has {len(model.blocks)} blocks, its spec says {spec.depth}")
-    for layers, heads, neurons in zip(block_layers(model), spec.heads, spec.neurons, strict=True):
+    units = zip(model.blocks, block_layers(model), spec.heads, spec.neurons, strict=True)
+    for block, layers, heads, neurons in units:
         _shrink(layers, heads, neurons)
+        if heads == 0:
+            block.attn, block.norm1 = SilentAttention(layers.attn), nn.Identity()
     install(model, spec)
     return model.eval()
 
@@ -136,7 +140,7 @@ def _require_plain(model: VisionTransformer, name: str) -> None:
 def _shrink(layers: BlockLayers, heads: int, neurons: int) -> None:
     """Give a fresh block fewer units; its weights are loaded afterwards."""
     attn, mlp = layers
-    if heads != attn.num_heads:
+    if heads not in (attn.num_heads, 0):
         inner = heads * attn.head_dim
         attn.qkv = nn.Linear(attn.qkv.in_features, 3 * inner, attn.qkv.bias is not None)
         attn.proj = nn.Linear(inner, attn.proj.out_features, attn.proj.bias is not None)
@@ -234,8 +238,12 @@ def pack(model: VisionTransformer, spec: ModelSpec) -> bytes:
 
 
 def stored_tensors(model: VisionTransformer) -> dict[str, Tensor]:
-    """The tensors of a backbone as they are kept: fp16 where that is exact, else fp32."""
-    return {name: _stored(tensor.detach()) for name, tensor in model.state_dict().items()}
+    """The tensors of a backbone as they are kept: fp16 where that is exact, else fp32.
+
+    Those without a number, of an attention that is gone, are left out.
+    """
+    state = model.state_dict()
+    return {name: _stored(one.detach()) for name, one in state.items() if one.numel()}
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -266,8 +274,15 @@ def assemble(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> VisionTransforme
     """
     with torch.device("meta"):  # no random initialisation, which takes longer than reading
         model = build(spec)
-    model.load_state_dict({name: one.float() for name, one in tensors.items()}, assign=True)
+    state = {name: torch.empty(one.shape) for name, one in empty_tensors(model)}
+    state |= {name: one.float() for name, one in tensors.items()}
+    model.load_state_dict(state, assign=True)
     return model
+
+
+def empty_tensors(model: VisionTransformer) -> list[tuple[str, Tensor]]:
+    """Those without a number, by name: nothing is kept of them."""
+    return [(name, one) for name, one in model.state_dict().items() if not one.numel()]
 
 
 def save_backbone(path: Path, model: VisionTransformer, spec: ModelSpec) -> None:

@@ -9,7 +9,7 @@ Shapes: H_l heads and M_l neurons of block l.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +31,8 @@ class Budget:
         heads_per_neurons: share of heads dropped per share of neurons dropped, for ``macs_kept``.
         min_heads: kept per block at least (all, where a block has fewer).
         min_neurons: likewise.
+        whole_attention: a block may lose all of its heads, whatever ``min_heads`` says; the best
+            head of all stays.
         neuron_multiple: a block that loses neurons keeps a multiple of so many: hardware works in
             such portions, and a count between two of them is no faster than the next.
 
@@ -44,6 +46,7 @@ class Budget:
     min_heads: int = 1
     min_neurons: int = 8
     neuron_multiple: int = 1
+    whole_attention: bool = False
 
     def __post_init__(self) -> None:
         if (self.heads_kept is None) == (self.macs_kept is None):
@@ -56,6 +59,11 @@ class Budget:
             raise ConfigError(f"heads_per_neurons must be above 0, not {self.heads_per_neurons}")
         if self.min_heads < 1 or self.min_neurons < 1 or self.neuron_multiple < 1:
             raise ConfigError("min_heads, min_neurons and neuron_multiple must be at least 1")
+
+    @property
+    def heads_per_block(self) -> int:
+        """What a block keeps at least."""
+        return 0 if self.whole_attention else self.min_heads
 
     @property
     def neurons_per_block(self) -> int:
@@ -130,7 +138,9 @@ def choose_mask(scores: UnitScores, current: Mask, dense: ModelSpec, budget: Bud
     """
     spec = current.apply_to(dense)
     _require_scores(scores, spec)
-    heads = _candidates(scores.heads, budget.min_heads, sum(dense.heads))
+    heads = _candidates(scores.heads, budget.heads_per_block, sum(dense.heads))
+    if len(heads.order) == heads.left:
+        heads = replace(heads, order=heads.order[:-1])  # never all
     neurons = _candidates(
         scores.neurons, budget.neurons_per_block, sum(dense.neurons), budget.neuron_multiple
     )
@@ -165,7 +175,8 @@ def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
     if drop > len(heads.order):
         raise ConfigError(
             f"heads_kept={budget.heads_kept:g} leaves {target} heads, but min_heads="
-            f"{budget.min_heads} per block holds {heads.left - len(heads.order)}; raise heads_kept"
+            f"{budget.heads_per_block} per block holds {heads.left - len(heads.order)}; "
+            "raise heads_kept"
         )
     return drop
 
@@ -208,7 +219,7 @@ def _units_to_drop(
     if not possible:
         least = now - len(heads.order) * head_cost - int(sums[-1]) * neuron_cost
         raise ConfigError(
-            f"macs_kept={budget.macs_kept:g} cannot be met: min_heads={budget.min_heads} and "
+            f"macs_kept={budget.macs_kept:g} cannot be met: min_heads={budget.heads_per_block} and "
             f"min_neurons={budget.min_neurons} per block hold {least / total:.3f} of the dense "
             "MACs; raise macs_kept or lower the minimums"
         )

@@ -113,6 +113,9 @@ class PlanConfig(Section):
     max_drop_ratio: float = Field(
         default=0.05, ge=0, le=1, description="accuracy a prune event may cost after its recovery"
     )
+    whole_attention: bool = Field(
+        default=False, description="a block may lose all heads; no older farm or device takes that"
+    )
     heads_per_neurons: float = Field(
         default=0.7, gt=0, le=10, description="share of heads dropped per share of neurons dropped"
     )

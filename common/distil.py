@@ -63,7 +63,8 @@ def attention_map(model: VisionTransformer, spec: ModelSpec) -> Iterator[list[Te
     """
     if model.cls_token is None or spec.kept_tokens:
         raise ModelError(f"{spec.name} without all of its tokens, or a class token, has no map")
-    attn = block_layers(model)[-1].attn
+    # the last that looks anywhere: an attention may be gone as a whole
+    attn = [layers.attn for layers in block_layers(model) if layers.attn.num_heads][-1]
     prefix, grid = int(model.num_prefix_tokens), tuple(model.patch_embed.grid_size)
     seen: dict[str, Tensor] = {}
     maps: list[Tensor] = [torch.empty(0)]

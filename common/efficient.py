@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import ModelError
+from common.silent import SilentAttention
 from common.spec import ModelSpec
 
 
@@ -147,7 +148,7 @@ def install(model: VisionTransformer, spec: ModelSpec) -> None:
                 f"{patches}"
             )
         scored, linear = keep < left, number in spec.linear_blocks
-        if not (scored or linear):
+        if not (scored or linear) or isinstance(block.attn, SilentAttention):
             continue
         assert isinstance(block.attn, Attention)
         attn = EfficientAttention(

@@ -81,17 +81,20 @@ def tap_heads(model: VisionTransformer) -> Iterator[list[Tensor]]:
     blocks = block_layers(model)
     taps: list[Tensor] = [torch.empty(0) for _ in blocks]
 
-    def watch(block: int, heads: int) -> PreHook:
+    def watch(block: int, heads: int, width: int) -> PreHook:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x_BNA: Tensor = args[0]
             half = x_BNA.dtype in (torch.float16, torch.bfloat16)
             z_BA = x_BNA.mean(1, dtype=torch.float32 if half else x_BNA.dtype)
-            taps[block] = z_BA.reshape(len(z_BA), heads, -1)
+            taps[block] = z_BA.reshape(len(z_BA), heads, width)
 
         return hook
 
     with registered(
-        [(layers.attn.proj, watch(i, layers.attn.num_heads)) for i, layers in enumerate(blocks)]
+        [
+            (layers.attn.proj, watch(i, layers.attn.num_heads, layers.attn.head_dim))
+            for i, layers in enumerate(blocks)
+        ]
     ):
         yield taps
 
@@ -123,7 +126,8 @@ def _multiplier(g: Tensor) -> PreHook:
     """
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        x_BNUw = args[0].unflatten(-1, (g.shape[1], -1))
+        units = g.shape[1]
+        x_BNUw = args[0].unflatten(-1, (units, args[0].shape[-1] // max(units, 1)))
         return ((x_BNUw * g[:, None, :, None].to(x_BNUw.dtype)).flatten(-2),)
 
     return hook

@@ -51,8 +51,11 @@ class Keep:
 class Mask:
     """Kept units per block, ascending indices in the dense backbone, and the dense counts.
 
+    A block may keep no head, when its attention is gone as a whole, but it keeps neurons.
+
     Raises:
-        ProtocolError: a block keeps nothing, or an index is out of range, repeated or unsorted.
+        ProtocolError: a block keeps no neuron, or no block a head, or an index is out of range,
+            repeated or unsorted.
     """
 
     heads: Blocks
@@ -61,8 +64,10 @@ class Mask:
     dense_neurons: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require_blocks(self.heads, self.dense_heads, "heads")
-        _require_blocks(self.neurons, self.dense_neurons, "neurons")
+        _require_blocks(self.heads, self.dense_heads, "heads", least=0)
+        _require_blocks(self.neurons, self.dense_neurons, "neurons", least=1)
+        if not any(self.heads):
+            raise ProtocolError("a mask must keep one head at least: tokens would never meet")
         if len(self.heads) != len(self.neurons):
             raise ProtocolError("a mask must name heads and neurons of the same blocks")
 
@@ -163,14 +168,15 @@ def _counts(blocks: Blocks) -> tuple[int, ...]:
     return tuple(len(block) for block in blocks)
 
 
-def _require_blocks(blocks: Blocks, dense: Sequence[int], kind: str) -> None:
+def _require_blocks(blocks: Blocks, dense: Sequence[int], kind: str, least: int) -> None:
     if not blocks or len(blocks) != len(dense):
         raise ProtocolError(f"a mask names {len(blocks)} blocks of {kind}, {len(dense)} expected")
     for number, (kept, count) in enumerate(zip(blocks, dense, strict=True)):
         index = np.asarray(kept, dtype=np.int64)
-        if not kept or index[0] < 0 or index[-1] >= count or (np.diff(index) <= 0).any():
+        inside = not kept or (index[0] >= 0 and index[-1] < count)
+        if len(kept) < least or not inside or (np.diff(index) <= 0).any():
             raise ProtocolError(
-                f"the mask's {kind} of block {number} must be ascending, at least one, "
+                f"the mask's {kind} of block {number} must be ascending, at least {least}, "
                 f"and below {count}"
             )
 

@@ -84,7 +84,9 @@ class _Seen:
     def taken(self) -> Tensor:
         """A, (B,N,N): rows of sum 1."""
         attn = self._attn
-        images, tokens, _ = self._qkv_BNA.shape
+        images, tokens, _ = self._heads_BNA.shape
+        if not attn.num_heads:  # nothing is taken from anywhere
+            return self._heads_BNA.new_zeros(images, tokens, tokens)
         shape = images, tokens, 3, attn.num_heads, attn.head_dim
         q, k, v_BHNd = self._qkv_BNA.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         linear = isinstance(attn, EfficientAttention) and attn.linear

@@ -15,6 +15,8 @@ from common.errors import ModelError
 Triple = tuple[float, float, float]
 _ADDED = ("kept_tokens", "fuse_tokens", "linear_blocks")
 Count = Annotated[int, Field(ge=1, le=65536)]
+Heads = Annotated[int, Field(ge=0, le=65536)]
+"""Of a block; with none its attention is gone (common/silent.py)."""
 
 
 class ModelSpec(BaseModel):
@@ -27,7 +29,7 @@ class ModelSpec(BaseModel):
     options: tuple[tuple[str, int], ...] = Field(
         default=(), description="timm constructor overrides, for example (('depth', 6),)"
     )
-    heads: tuple[Count, ...] = Field(description="attention heads, block by block")
+    heads: tuple[Heads, ...] = Field(description="attention heads, block by block")
     neurons: tuple[Count, ...] = Field(description="MLP neurons, block by block")
     head_width: Count
     width: Count = Field(description="embedding width, also the length of a feature vector")
@@ -54,6 +56,8 @@ class ModelSpec(BaseModel):
             raise ValueError("kept_tokens names a number for every block, never a rising one")
         if list(linear) != sorted(set(linear)) or any(one >= self.depth for one in linear):
             raise ValueError(f"linear_blocks must be ascending and below {self.depth}")
+        if kept and 0 in self.heads:
+            raise ValueError("tokens are sampled by attention, which every block must have then")
         return self
 
     @property

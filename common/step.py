@@ -52,7 +52,9 @@ class _About(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    heads: _Counts
+    heads: Annotated[
+        list[Annotated[int, Field(ge=0, le=2**20)]], Field(min_length=1, max_length=1024)
+    ]
     neurons: _Counts
     names: Annotated[list[str], Field(max_length=4096)]
 

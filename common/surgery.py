@@ -74,14 +74,17 @@ def prune(
     smaller = spec.with_units(tuple(map(len, keep.heads)), tuple(map(len, keep.neurons)))
     cuts = _cuts(spec, keep)
     state = {}
+    with torch.device("meta"):  # no random initialisation: fast, and no draw from the global RNG
+        pruned = build(smaller)
+    names = pruned.state_dict().keys()  # an attention that goes as a whole takes its norm along
     for name, tensor in model.state_dict().items():
+        if name not in names:
+            continue
         dim, index = cuts.get(name, (0, None))
         if index is not None and len(index) < tensor.shape[dim]:
             state[name] = tensor.index_select(dim, index.to(tensor.device))
         else:  # a bias is cloned: compensation changes it
             state[name] = tensor.clone() if tensor.ndim == 1 else tensor
-    with torch.device("meta"):  # no random initialisation: fast, and no draw from the global RNG
-        pruned = build(smaller)
     pruned.load_state_dict(state, assign=True)
     return pruned, smaller
 
@@ -111,18 +114,18 @@ def slice_flat(flat: Floats, before: Layout, spec: ModelSpec, keep: Keep, after:
 
 
 def _require_within(keep: Keep, spec: ModelSpec) -> None:
-    for kind, kept, counts in (
-        ("heads", keep.heads, spec.heads),
-        ("neurons", keep.neurons, spec.neurons),
+    for kind, kept, counts, least in (
+        ("heads", keep.heads, spec.heads, 0),
+        ("neurons", keep.neurons, spec.neurons, 1),
     ):
         if len(kept) != len(counts):
             raise ModelError(f"{len(kept)} blocks of {kind} to keep, the model has {len(counts)}")
         for block, (index, count) in enumerate(zip(kept, counts, strict=True)):
-            ascending = len(index) > 0 and bool((np.diff(index) > 0).all())
-            if not ascending or index[0] < 0 or index[-1] >= count:
+            ascending = len(index) >= least and bool((np.diff(index) > 0).all())
+            if not ascending or (len(index) and (index[0] < 0 or index[-1] >= count)):
                 raise ModelError(
-                    f"{kind} to keep in block {block} must be ascending, at least one, below "
-                    f"{count}; use the mask of this very model"
+                    f"{kind} to keep in block {block} must be ascending, at least {least}, "
+                    f"below {count}; use the mask of this very model"
                 )
 
 

@@ -122,9 +122,10 @@ class Plan:
 
     def _budget(self, share: float) -> Budget:
         if self._config.prune_heads is not None:
-            return Budget(heads_kept=share)
+            return Budget(heads_kept=share, whole_attention=self._config.whole_attention)
         return Budget(
             macs_kept=share,
+            whole_attention=self._config.whole_attention,
             heads_per_neurons=self._config.heads_per_neurons,
             neuron_multiple=self._config.neuron_multiple,
         )
@@ -135,13 +136,13 @@ class Plan:
         heads, neurons = self._dense.heads, self._dense.neurons
         cuts = [self._units(share) for share in shares]
         floor = self._dense.with_units(
-            tuple(min(count, least.min_heads) for count in heads),
+            tuple(min(count, least.heads_per_block) for count in heads),
             tuple(min(count, least.neurons_per_block) for count in neurons),
         )
         if self._config.prune_heads is None:
             total, bottom = macs(self._dense), macs(floor)
         else:
-            total, bottom = sum(heads), sum(floor.heads)
+            total, bottom = sum(heads), max(sum(floor.heads), 1)
         if cuts[-1] < bottom:
             most = int((1 - bottom / total) * 1000) / 1000
             remedy = f"lower it to at most {most:g}"

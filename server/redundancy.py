@@ -62,8 +62,10 @@ def irreplaceable(
 
 
 def _lowered(layer: nn.Linear, G: Tensor, scores: Floats, ridge: float) -> Floats:
-    """The scores (U,) of the units that enter a layer."""
-    if layer.in_features % len(scores) or len(G) != layer.in_features + 1:
+    """The scores (U,) of the units that enter a layer; there may be none."""
+    if not len(scores) and not layer.in_features:
+        return scores
+    if not len(scores) or layer.in_features % len(scores) or len(G) != layer.in_features + 1:
         raise ModelError("scores or second moments are of another model; collect them again")
     bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
     W_OA = torch.cat([layer.weight, bias[:, None]], 1).cpu().double()

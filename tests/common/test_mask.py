@@ -82,7 +82,7 @@ def test_digest_is_stable() -> None:
 @pytest.mark.parametrize(
     "heads",
     [
-        [{"of": 3, "kept": "00"}],  # nothing kept
+        [{"of": 3, "kept": "00"}],  # nothing kept in any block
         [{"of": 3, "kept": "b0"}],  # a bit beyond the last head
         [{"of": 3, "kept": "a000"}],
         [{"of": 3, "kept": ""}],

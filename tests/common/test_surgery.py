@@ -175,9 +175,13 @@ def test_cutting_a_moved_model_is_moving_a_cut_model(seed: int) -> None:
 
 def test_wrong_keeps_and_specs_are_refused() -> None:
     model, good = drawn_model(SPEC), everything(SPEC)
-    for first in ([], [3], [-1], [1, 0], [0, 0]):
+    for first in ([3], [-1], [1, 0], [0, 0]):
         with pytest.raises(ModelError, match="heads to keep in block 0"):
             prune(model, SPEC, Keep((np.array(first, np.int64), *good.heads[1:]), good.neurons))
+    with pytest.raises(
+        ModelError, match="neurons to keep in block 0 must be ascending, at least 1"
+    ):
+        prune(model, SPEC, Keep(good.heads, (np.empty(0, np.int64), *good.neurons[1:])))
     with pytest.raises(ModelError, match="blocks of neurons"):
         prune(model, SPEC, Keep(good.heads, good.neurons[:1]))
     with pytest.raises(ModelError, match="does not describe"):

@@ -155,3 +155,17 @@ def test_a_run_that_ends_early_keeps_what_lies_before() -> None:
     assert plan.judged_in(3) == 1, "the last cut is judged by the evaluation after the last round"
     plan.reject(1, 3)
     assert not plan.events, "nothing is tried again behind the end"
+
+
+def test_a_block_may_lose_its_attention_only_where_the_settings_say_so() -> None:
+    spared = Plan(PlanConfig(rounds=4, prune_heads=0.5), HEADS)
+    whole = Plan(PlanConfig(rounds=4, prune_heads=0.5, whole_attention=True), HEADS)
+    for plan, least in ((spared, 1), (whole, 0)):
+        budgets = [plan.event_after(number) for number in plan.events]
+        assert [one.heads_per_block for one in budgets if one is not None] == [least] * 2
+    most = 1 - 1 / sum(HEADS.heads)
+    Plan(PlanConfig(rounds=4, prune_heads=most, whole_attention=True), HEADS)
+    with pytest.raises(ConfigError, match="less than one head"):
+        Plan(PlanConfig(rounds=4, prune_heads=most), HEADS)
+    with pytest.raises(ConfigError, match="lower it to at most"):
+        Plan(PlanConfig(rounds=4, prune_heads=0.9999, whole_attention=True), HEADS)
