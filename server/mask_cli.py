@@ -70,3 +70,29 @@ def export_heads(
         f"{len(found.removed)} heads of run {found.run} are gone: {out}; give it to a farm, which "
         "runs: fieldfed-client needs"
     )
+
+
+@mask_app.command("clusters", epilog="Example: fieldfed-server mask clusters network --out masks")
+def cluster_farms(
+    folder: Folder,
+    threshold: Annotated[
+        float, typer.Option(min=-1, max=1, help="rank correlation from which farms agree")
+    ] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="folder for a mask of each group")] = None,
+    run_number: RunNumber = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Which farms disagree on heads, and what a mask of their own would keep for them."""
+    from common.backbone import read_spec
+    from common.files import write_atomically
+    from server.clusters import clusters, words
+    from server.models import Models
+    from server.store import opened_run
+
+    with opened_run(folder, run_number) as (store, row):
+        found = clusters(store, row, read_spec(Models(folder).path(row.base)), threshold)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, one in enumerate(found.found, start=1):
+            write_atomically(out / f"mask-{number}.json", one.mask.to_json().encode())
+    print(json.dumps(asdict(found), indent=2, sort_keys=True) if as_json else words(found))
