@@ -23,8 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from common.errors import LaunchError
-from common.processes import require_loopback
-from common.services import MetricsConfig
+from common.services import MetricsConfig, require_near
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class MetricsServer(ThreadingTCPServer):
     def __init__(
         self, config: MetricsConfig, collector: Collector, ready: Callable[[], None] | None = None
     ) -> None:
-        require_loopback(config.host, "[metrics] host")
+        require_near(config, "[metrics]")
         self.collector, self.ready = collector, ready
         self._places = threading.BoundedSemaphore(MOST_REQUESTS)
         try:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from common.processes import require_loopback
 from common.section import Section
 
 
@@ -39,6 +40,25 @@ class PageConfig(Section):
 
     host: str = Field(default="127.0.0.1", description="to listen on")
     port: int = Field(default=9465, ge=1, le=65535, description="to listen on")
+    contained: bool = Field(
+        default=False,
+        description="in a container: any host will do, for the port is published to loopback alone",
+    )
+
+    @property
+    def address(self) -> str:
+        """Where a browser on this machine finds it."""
+        return f"http://{'localhost' if self.contained else self.host}:{self.port}/"
+
+
+def require_near(shown: MetricsConfig | PageConfig, section: str) -> None:
+    """Refuse to show anything to other machines; a container may be what keeps them out.
+
+    Raises:
+        ConfigError: other machines could look; names the setting.
+    """
+    if not (isinstance(shown, PageConfig) and shown.contained):
+        require_loopback(shown.host, f"{section} host")
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]

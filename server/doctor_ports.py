@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from common.diagnosis import Finding, fault, of_error, ok
 from common.door import DoorConfig
 from common.errors import ConfigError, ProtocolError
 from common.ports import holder
-from common.processes import is_loopback
-from common.services import HubConfig
+from common.processes import require_loopback
+from common.services import require_near
 from server.members import address_of
 from server.proxy import UNTOLD
 
@@ -26,11 +26,11 @@ from server.proxy import UNTOLD
 def ports(config: ServerConfig, folder: Path) -> Iterator[Finding]:
     """Each port that the settings name."""
     link = config.server
-    yield from _near("[server]", link.host)
+    yield from _tried(partial(require_loopback, link.host, "[server] host"))
     yield port("[server]", link.host, link.port, partial(_superlink, link.host, link.port, folder))
     for setting, open_ in (("[door]", config.door), ("[hub]", config.hub)):
         if open_ is not None:
-            yield from _named(setting, open_)
+            yield from _tried(partial(address_of, open_, setting))
             proxied = isinstance(open_, DoorConfig) and open_.proxy_port is not None
             first = UNTOLD if proxied else b""
             where = open_.host, open_.port
@@ -40,14 +40,14 @@ def ports(config: ServerConfig, folder: Path) -> Iterator[Finding]:
         yield from _before(config.door, config.door.proxy_port, folder / "identity")
     for setting, shown in (("[metrics]", config.metrics), ("[page]", config.page)):
         if shown is not None:
-            yield from _near(setting, shown.host)
+            yield from _tried(partial(require_near, shown, setting))
             ours = partial(_healthy, shown.host, shown.port, folder)
             yield port(setting, shown.host, shown.port, ours)
 
 
-def _named(setting: str, listener: DoorConfig | HubConfig) -> Iterator[Finding]:
+def _tried(require: Callable[[], object]) -> Iterator[Finding]:
     try:
-        address_of(listener, setting)
+        require()
     except ConfigError as error:
         yield of_error("settings", error)
 
@@ -62,12 +62,6 @@ def _before(door: DoorConfig, number: int, identity: Path) -> Iterator[Finding]:
     else:
         found = "of [door] proxy_port does not lead to the door, so no farm comes in"
         yield fault(what, found, "start the proxy before the door, or take proxy_port away")
-
-
-def _near(setting: str, host: str) -> Iterator[Finding]:
-    if not is_loopback(host):
-        found = f"{setting} host '{host}' is not on this machine, and is not encrypted"
-        yield fault("settings", found, "set it to 127.0.0.1; others come in by [door] or a tunnel")
 
 
 def _superlink(host: str, number: int, folder: Path) -> bool:

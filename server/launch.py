@@ -47,6 +47,7 @@ from common.programs import (
     programs_of,
     write_program,
 )
+from common.services import require_near
 from server.members import authority_of
 
 log = logging.getLogger(__name__)
@@ -148,8 +149,8 @@ def serve(config: ServerConfig, state_dir: Path) -> Iterator[Network]:
             supervisor.start(child)
         log.info("farms reach this server at %s", network.address)
         if config.page is not None:
-            where = (config.page.host, config.page.port, network.state_dir / "page.token")
-            log.info("operators look at http://%s:%d/; the token for changes is in '%s'", *where)
+            where = (config.page.address, network.state_dir / "page.token")
+            log.info("operators look at %s; the token for changes is in '%s'", *where)
         notify.ready(f"network {config.server.name} on {network.address}")
         yield network
 
@@ -207,7 +208,7 @@ def _services(network: Network, config: ServerConfig) -> Iterator[Child]:
             yield _service(network, name)
     for name, shown in (("metrics", config.metrics), ("page", config.page)):
         if shown is not None:
-            require_loopback(shown.host, f"[{name}] host")
+            require_near(shown, f"[{name}]")
             require_free_port(shown.host, shown.port, f"[{name}] port")
             yield _service(network, name)
     if config.broker is not None:

@@ -34,8 +34,8 @@ from starlette.exceptions import HTTPException
 
 from common.config import ServerConfig
 from common.errors import ConfigError, FieldfedError, LaunchError
-from common.processes import require_loopback, terminate_like_interrupt
-from common.services import PageConfig
+from common.processes import terminate_like_interrupt
+from common.services import PageConfig, require_near
 from common.settings import load_settings
 from server import events, page_changes
 from server.facts import Sources, sources
@@ -72,9 +72,8 @@ Read = Callable[[Sources], Parts | None]
 class Page:
     """The page of one server."""
 
-    def __init__(self, state_dir: Path, network: str, config: PageConfig, access: Access) -> None:
+    def __init__(self, state_dir: Path, network: str, access: Access) -> None:
         self.state_dir, self.network, self.access = state_dir, network, access
-        self._host = config.host
         self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         self.app.middleware("http")(self._guarded)
         self.app.add_exception_handler(HTTPException, self._http_error)
@@ -89,7 +88,7 @@ class Page:
         self, request: Request, answer: Callable[[Request], Awaitable[Response]]
     ) -> Response:
         """Only for this machine's names, and what is changed only from the page itself."""
-        if not is_own_name(request.headers.get("host", ""), self._host):
+        if not is_own_name(request.headers.get("host", "")):
             status, words = HTTPStatus.MISDIRECTED_REQUEST, "This page answers to localhost only\n"
             response = Response(words, status, media_type="text/plain")
         elif request.method not in ("GET", "HEAD") and not from_here(request):
@@ -309,7 +308,7 @@ def listening(config: PageConfig) -> socket.socket:
         ConfigError: the host is not on this machine.
         LaunchError: the port is taken.
     """
-    require_loopback(config.host, "[page] host")
+    require_near(config, "[page]")
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family)
@@ -345,8 +344,8 @@ def _main(folder: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), terminate_like_interrupt():
         access = Access.open(folder / "page.token")
         with listening(settings.page) as listener:
-            log.info("the page is at http://%s:%d/", settings.page.host, settings.page.port)
-            page = Page(folder, settings.server.name, settings.page, access)
+            log.info("the page is at %s", settings.page.address)
+            page = Page(folder, settings.server.name, access)
             serving(page).run(sockets=[listener])
 
 

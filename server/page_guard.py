@@ -53,11 +53,10 @@ async def _fields(request: Request) -> dict[str, str]:
 Fields = Annotated[dict[str, str], Depends(_fields)]
 
 
-def is_own_name(host: str, own: str) -> bool:
-    """Whether a Host header names this machine, or ``own``; its port may be that of a tunnel."""
+def is_own_name(host: str) -> bool:
+    """Whether a Host header names this machine; its port may be that of a tunnel or container."""
     found = _HOST.fullmatch(host)
-    name = found[1].strip("[]").lower() if found else ""
-    return name != "" and (name == own or is_loopback(name))
+    return found is not None and is_loopback(found[1].strip("[]").lower())
 
 
 def from_here(request: Request) -> bool:

@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
+from common.config import ServerConfig
+from common.services import require_near
+from common.settings import load_settings
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OUTSIDE = {"8443:8443", "8444:8444", "8883:8883"}
+INSIDE = {"127.0.0.1:3000:3000", "127.0.0.1:9465:9465"}
+"""For browsers on this machine."""
 OTHERS = {"secrets", "images"}
 """Folders beside the file that are an operator's."""
 
@@ -51,10 +57,23 @@ def test_images_have_a_version(name: str) -> None:
 
 def test_only_what_farms_need_is_open() -> None:
     published = {port for service in SERVICES.values() for port in service.get("ports", [])}
-    assert {port for port in published if not port.startswith("127.0.0.1:")} == OUTSIDE
+    assert published == OUTSIDE | INSIDE
     inside = {name for name, one in SERVICES.items() if one.get("network_mode") == "service:net"}
     assert {"net", "mosquitto-owner"} == SERVICES.keys() - inside
     assert all("ports" not in SERVICES[name] for name in inside)
+
+
+def test_the_page_is_shown_where_it_is_published_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SERVICES["server"]["environment"].items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "server.toml").write_text("seed = 1\n")
+    config = load_settings(ServerConfig, tmp_path / "server.toml").page
+    assert config is not None
+    require_near(config, "[page]")
+    assert config.host == "0.0.0.0"  # of the containers' network, which net's ports lead into
+    assert f"127.0.0.1:{config.port}:{config.port}" in SERVICES["net"]["ports"]
 
 
 def test_a_farm_is_started_only_when_asked_for() -> None:

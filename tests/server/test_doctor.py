@@ -393,7 +393,7 @@ def left_over(patient: Patient) -> None:
         (no_source, "FAULT", "source", "no image folder at '/nowhere/tomato'", "[backbone] source"),
         (no_name, "FAULT", "settings", "[door] listens everywhere", "set its names"),
         (other_address, "FAULT", "port", "'192.0.2.7' cannot be listened on", "set [hub] host"),
-        (open_metrics, "FAULT", "settings", "is not encrypted", "127.0.0.1"),
+        (open_metrics, "FAULT", "settings", "are not encrypted", "127.0.0.1"),
         (new_name, "warn", "server certificate", "new.example.org", "restart fieldfed-server up"),
         (lost_authority, "FAULT", "authority", "ca.key' is lost", "restore the folder"),
         (open_authority, "FAULT", "authority", "ca.key' is open to other users", "chmod 600"),

@@ -89,7 +89,7 @@ def folder(lab: Lab, tmp_path: Path) -> Path:
 
 def opened(folder: Path, access: Access | None = None) -> TestClient:
     """A browser that keeps cookies."""
-    page = Page(folder, "valley", PageConfig(), access or Access(TOKEN))
+    page = Page(folder, "valley", access or Access(TOKEN))
     return TestClient(page.app, BASE, follow_redirects=False)
 
 
@@ -666,7 +666,11 @@ def test_this_machine_has_several_names(client: TestClient, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:9465", "10.0.0.1", "", "[::2]", "[", "x@localhost"]
+    "host",
+    [
+        *("evil.example", "evil.example:9465", "localhost.evil.example", "x@localhost"),
+        *("10.0.0.1", "0.0.0.0:9465", "", "[::2]", "[::]", "["),
+    ],
 )
 def test_other_names_are_refused(client: TestClient, host: str) -> None:
     for path in ("/", "/healthz", "/versions"):
@@ -687,7 +691,7 @@ def test_signing_in_leads_to_this_page_only(path: str) -> None:
 @settings(deadline=None)
 def test_a_host_header_may_be_anything(host: str) -> None:
     name = re.sub(r":\d*$", "", host)
-    if is_own_name(host, "127.0.0.1"):
+    if is_own_name(host):
         assert re.fullmatch(r"localhost|127(\.\d{1,3}){3}|\[[0:.]*[:.0-9]*1\]", name, re.I)
 
 
@@ -800,6 +804,13 @@ def test_it_is_off_unless_there_is_a_section() -> None:
 def test_other_machines_are_not_listened_for() -> None:
     with pytest.raises(ConfigError, match=r"\[page\] host '0.0.0.0' is not on this machine"):
         listening(PageConfig(host="0.0.0.0"))
+
+
+def test_a_container_may_keep_other_machines_out_instead() -> None:
+    config = PageConfig(host="0.0.0.0", port=free_port(), contained=True)
+    with listening(config) as listener:
+        assert listener.getsockname() == ("0.0.0.0", config.port)
+    assert config.address == f"http://localhost:{config.port}/"
 
 
 def test_a_port_that_is_taken() -> None:
