@@ -182,6 +182,9 @@ def train(
     prune_macs: Annotated[float | None, typer.Option(help="share of MACs removed")] = None,
     criterion: CriterionName = None,
     label: Annotated[str, typer.Option(help="name of the closing report")] = "model",
+    once: Annotated[
+        bool, typer.Option("--once", help="begin nothing where a run of this label has ended")
+    ] = False,
     log: LogOption = "text",
 ) -> None:
     """Run the plan on a network that is up, and show its progress. Ctrl-C stops the run.
@@ -207,7 +210,7 @@ def train(
     # only now: what follows takes seconds to import
     from common.backbone import read_spec
     from server.launch import Network
-    from server.runs import play
+    from server.runs import ended, play
     from server.search import planned
     from server.settings import RunSettings
 
@@ -216,10 +219,9 @@ def train(
     if not base.is_file():
         raise StateError(f"no '{base}' yet; make it with: fieldfed-server pretrain {folder}")
     planned(config.plan, read_spec(base), [])  # said here, not by a process that ends
-    if config.region is not None:
-        raise ConfigError(
-            f"'{folder}' is a region: its centre '{config.region.centre}' starts runs"
-        )
+    if once and (number := ended(folder, settings.label)) is not None:
+        print(f"run {number} of the label '{label}' is done already; nothing was begun")
+        return
     if config.regions:
         from server.region_line import lead
 

@@ -27,6 +27,7 @@ from common.errors import ConfigError, FieldfedError, LinkError
 from common.files import only_one, write_atomically
 from common.membership import Membership
 from common.messages import HelloReply
+from common.processes import terminate_like_interrupt
 from common.services import RegionEntry
 from common.signing import first_keys
 from server.centre import Orders, require_centre, run_centre
@@ -185,12 +186,14 @@ def _known(entry: RegionEntry, config: ServerConfig, folder: Path, key: PrivateK
 def lead(settings: RunSettings, folder: Path) -> int:
     """Run, or continue, a centre's plan in this process; returns the run's number.
 
+    SIGTERM ends it as Ctrl-C does: what was committed is kept.
+
     Raises:
         FieldfedError: the settings cannot be used, or the run failed.
     """
     config = settings.config
     regions = known_regions(config, folder)
-    with ExitStack() as stack:
+    with ExitStack() as stack, terminate_like_interrupt():
 
         def reach(orders: Orders) -> RegionLink:
             link = RegionLink(regions, config.server.name, orders.describe)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from common.config import ServerConfig
-from common.errors import LaunchError
+from common.errors import ConfigError, LaunchError
 from common.files import write_atomically
 from server.follow import follow, last_run
 from server.launch import Network, run_status, stop_run, submit_run
@@ -70,6 +70,27 @@ def play(network: Network, settings: RunSettings, console: Console) -> RunRow:
         if active is not None:
             stop_run(network, active.flower_run)
         raise
+
+
+def ended(state_dir: Path, label: str) -> int | None:
+    """The last run of a label, where it has come to its end; None where one may go on, or begin.
+
+    Raises:
+        ConfigError: it failed, and would do so again; says why.
+    """
+    store_path = state_dir / "fieldfed.db"
+    if not store_path.is_file():
+        return None
+    with Store.open(store_path, read_only=True) as store:
+        last = next((row for row in reversed(store.runs()) if row.message == label), None)
+    if last is None or last.state == "running":
+        return None
+    if last.state != "done":
+        raise ConfigError(
+            f"run {last.run} of the label '{label}' {last.state}: {last.detail}; mend that, and "
+            "begin another with another --label"
+        )
+    return last.run
 
 
 class Keeper:

@@ -15,12 +15,16 @@ import pytest
 from typer.main import get_command
 
 from client.cli import app as client_app
+from common.command import INTERRUPTED
+from common.errors import FieldfedError, LaunchError, LinkError, StateError
 from common.processes import Child, free_port, stop_all
 from server.cli import app as server_app
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
-NAMES = ("fieldfed-server.service", "fieldfed-client@.service")
+CENTRE = "fieldfed-centre@.service"
+ALWAYS = ("fieldfed-server.service", "fieldfed-client@.service")
+NAMES = (*ALWAYS, CENTRE)
 BIN = Path(sys.executable).parent
 START_SECONDS = 90.0
 
@@ -51,7 +55,7 @@ def test_a_unit_starts_a_command_that_exists(name: str) -> None:
     assert folder == Unit(name)["Service"]["StateDirectory"]
 
 
-@each
+@pytest.mark.parametrize("name", ALWAYS)
 def test_a_unit_comes_back_and_is_watched(name: str) -> None:
     service = Unit(name)["Service"]
     assert service["Type"] == "notify"
@@ -61,6 +65,39 @@ def test_a_unit_comes_back_and_is_watched(name: str) -> None:
     assert int(service["TimeoutStopSec"]) > 16  # both patiences of common/processes.py
     assert service["KillMode"] == "mixed"
     assert service["MemoryMax"].endswith("%")
+
+
+def test_a_centre_comes_back_until_its_run_has_ended() -> None:
+    service, unit = Unit(CENTRE)["Service"], Unit(CENTRE)["Unit"]
+    assert service["Type"] == "exec"  # it says nothing to systemd
+    assert not service.keys() & {"WatchdogSec", "NotifyAccess"}
+    assert service["Restart"] == "on-failure"
+    assert unit["StartLimitIntervalSec"] == "0"
+    assert {"--once", "%i"} < set(service["ExecStart"].split())
+    assert service["SuccessExitStatus"] == str(INTERRUPTED)
+    given_up = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    comes_back = {1, StateError.exit_code, LaunchError.exit_code, LinkError.exit_code}
+    assert given_up == {kind.exit_code for kind in kinds(FieldfedError)} - comes_back
+
+
+def kinds(error: type[FieldfedError]) -> Iterator[type[FieldfedError]]:
+    """An error and all its kinds."""
+    yield error
+    for kind in error.__subclasses__():
+        yield from kinds(kind)
+
+
+def test_what_a_service_may_do_is_the_same_for_all() -> None:
+    server, client, centre = (may_do(name) for name in NAMES)
+    assert len(server) > 25
+    assert centre == server
+    read = "ProtectHome=read-only"  # photographs
+    assert client == [read if line == "ProtectHome=yes" else line for line in server]
+
+
+def may_do(name: str) -> list[str]:
+    text = (UNITS / name).read_text()
+    return text.partition("NoNewPrivileges=")[2].partition("[Install]")[0].splitlines()
 
 
 def test_farms_need_no_clock_and_no_network_to_start() -> None:

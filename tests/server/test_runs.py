@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
 
 import server.runs
 from common.config import ServerConfig
-from common.errors import LaunchError
+from common.errors import ConfigError, LaunchError
 from common.mask import Mask
 from common.spec import ModelSpec
 from server.launch import Network, RunStatus
-from server.runs import ActiveRun, Keeper, keeper_of, play
+from server.runs import ActiveRun, Keeper, ended, keeper_of, play
 from server.settings import RunSettings
 from server.store import Store
 
@@ -71,9 +72,9 @@ def wanted(network: Network, flower: Flower, after: int = 0) -> None:
     (network.state_dir / "active-run.json").write_text(active.model_dump_json())
 
 
-def recorded(network: Network) -> int:
+def recorded(network: Network, label: str = "") -> int:
     with Store.open(network.state_dir / "fieldfed.db") as store:
-        return store.start_run(SETTINGS.model_dump_json(), 0, "0" * 64, MASK)
+        return store.start_run(SETTINGS.model_dump_json(), 0, "0" * 64, MASK, label)
 
 
 def test_a_dead_run_is_started_again_with_the_same_settings(
@@ -191,3 +192,47 @@ def test_who_plays_orders_is_always_wanted(network: Network, flower: Flower) -> 
 def test_an_ordinary_server_keeps_only_what_was_started(network: Network, flower: Flower) -> None:
     assert not keeper_of(ServerConfig(), network).check()
     assert not flower.submitted
+
+
+# --- once ----------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_label_or_one_that_goes_on_does_not_stand_in_the_way(
+    network: Network,
+) -> None:
+    assert ended(network.state_dir, "spring") is None
+    with_end(network, "autumn")
+    assert ended(network.state_dir, "spring") is None
+    recorded(network, "spring")
+    assert ended(network.state_dir, "spring") is None
+
+
+def test_a_run_that_is_done_is_told_also_when_others_followed(network: Network) -> None:
+    number = with_end(network, "spring")
+    with_end(network, "autumn")
+    assert ended(network.state_dir, "spring") == number
+
+
+def test_of_two_runs_of_a_label_the_later_counts(network: Network) -> None:
+    with_end(network, "spring")
+    recorded(network, "spring")
+    assert ended(network.state_dir, "spring") is None
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped"])
+def test_a_run_that_failed_is_not_tried_again(
+    network: Network, state: Literal["failed", "stopped"]
+) -> None:
+    with_end(network, "spring", state)
+    with pytest.raises(ConfigError, match=f"'spring' {state}: no rain; .*another --label"):
+        ended(network.state_dir, "spring")
+
+
+def with_end(
+    network: Network, label: str, state: Literal["done", "failed", "stopped"] = "done"
+) -> int:
+    """A run of a label that came to its end."""
+    number = recorded(network, label)
+    with Store.open(network.state_dir / "fieldfed.db") as store:
+        store.finish_run(number, state, "no rain")
+    return number

@@ -91,18 +91,22 @@ def test_a_centre_leads_two_regions_also_when_it_is_killed(union: Union) -> None
 
     wait_until(all_there, SECONDS, "the introduction of both regions")
     call("fieldfed-server", "train", str(union.root / "north"), code=2)
-    train = start("train", command("fieldfed-server", "train", union.centre), union.root)
+    run = ("fieldfed-server", "train", union.centre, "--label", "spring", "--once")
+    train = start("train", command(*run), union.root)
     union.children.append(train)
     wait_until(lambda: union.candidates("centre"), SECONDS, "the first round")
     assert train.pid is not None
     os.kill(train.pid, signal.SIGKILL)
     wait_until(lambda: train.returncode is not None, 30, "the end of the centre")
-    call("fieldfed-server", "train", union.centre, seconds=SECONDS)
+    said = call(*run, seconds=SECONDS)
+    assert "run 1 is done" in said
+    assert "run 1 of the label 'spring' is done already" in call(*run)
     expected = union.candidates("centre")
     assert len(expected) == 2
     for name in REGIONS:
         assert union.candidates(name) == expected
     status = json.loads(call("fieldfed-server", "status", union.centre, "--json"))
+    assert status["run"] == 1
     assert status["state"] == "done"
     assert {row["farm"] for row in status["farms"]} == set(REGIONS)
     assert status["mask"]["heads_kept_ratio"] < 1

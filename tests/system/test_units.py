@@ -26,6 +26,7 @@ each = pytest.mark.parametrize(
     [
         ("fieldfed-server.service", "fieldfed-server.service"),
         ("fieldfed-client@.service", "fieldfed-client@apple.service"),
+        ("fieldfed-centre@.service", "fieldfed-centre@spring.service"),
     ],
 )
 
