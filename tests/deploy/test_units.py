@@ -19,6 +19,11 @@ from common.command import INTERRUPTED
 from common.errors import FieldfedError, LaunchError, LinkError, StateError
 from common.processes import Child, free_port, stop_all
 from server.cli import app as server_app
+from server.store import Store
+from tests.lab.network import Lab
+from tests.server.test_region_line import CENTRE as COOP
+from tests.server.test_region_line import Site
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
@@ -133,9 +138,9 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
         yield Manager(listener)
 
 
-def command_of(name: str, folder: Path) -> list[str]:
+def command_of(name: str, folder: Path, instance: str = "") -> list[str]:
     """What a unit starts, from where this Python has it, in another folder."""
-    command = Unit(name)["Service"]["ExecStart"].split()
+    command = Unit(name)["Service"]["ExecStart"].replace("%i", instance).split()
     return [str(BIN / Path(command[0]).name), command[1], str(folder), *command[3:]]
 
 
@@ -179,3 +184,34 @@ def test_a_farm_is_ready_without_a_server(manager: Manager, tmp_path: Path) -> N
     finally:
         stop_all([farm], 30)
     manager.wait_for("STOPPING=1")
+
+
+@pytest.mark.processes
+def test_a_centre_keeps_its_run_when_it_is_told_to_end_and_begins_it_once(tmp_path: Path) -> None:
+    site = Site(tmp_path)  # its region does not listen, so the centre waits
+    folder, made = site.centre, Lab(tmp_path / "lab", 1).server_dir
+    for name in ("base.safetensors", "anchors.safetensors"):
+        (folder / name).write_bytes((made / name).read_bytes())
+    (folder / "server.toml").write_text(
+        f'[server]\nname = "{COOP}"\n\n[[regions]]\nname = "north"\n'
+        f'address = "{site.entry.address}"\nmember = "north.member"\n'
+    )
+    command, store = command_of(CENTRE, folder, "spring"), folder / "fieldfed.db"
+    centre = Child("centre", lambda: command, tmp_path / "centre.log")
+    try:
+        centre.start()
+        wait_until(
+            lambda: store.exists() or centre.returncode is not None, START_SECONDS, "the run"
+        )
+        wait_until(lambda: "waiting for" in centre.last_words(), START_SECONDS, centre.last_words())
+    finally:
+        stop_all([centre], 30)
+    assert centre.returncode == INTERRUPTED
+    with Store.open(store) as opened:
+        assert [(row.message, row.state) for row in opened.runs()] == [("spring", "running")]
+        opened.finish_run(1, "done")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "run 1 of the label 'spring' is done already" in done.stdout
+    with Store.open(store, read_only=True) as opened:
+        assert len(opened.runs()) == 1
