@@ -17,7 +17,7 @@ DEMO_FLAGS = --out $(OUT) \
   $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: demo test system audit bench-bytes bench-edge bench-hub bench-newcomer bench-pruning bench-telemetry chaos chaos-updater \
-  dashboards reference sbom fuzz idle liars scale stragglers lint format clean
+  dashboards images reference sbom fuzz idle liars scale stragglers lint format clean
 
 demo: $(STAMP)
 	$(BIN)/fieldfed-server demo $(DEMO_FLAGS)
@@ -46,6 +46,12 @@ chaos fuzz idle liars scale stragglers: $(STAMP)
 
 chaos-updater: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.updater
+
+# Builds all three images with buildah, as root, and tries them: 40 GB of disk where torch brings CUDA.
+# WHEELS=DIR: a folder that has all wheels already.
+images: $(STAMP)
+	@.ci/debian buildah
+	FIELDFED_IMAGES=all FIELDFED_WHEELS=$(WHEELS) $(BIN)/python -P -m pytest -s tests/system/test_containers.py
 
 # After a change to deploy/grafana/*.py or to deploy/runbooks.md.
 dashboards: $(STAMP)
