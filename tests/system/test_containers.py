@@ -279,7 +279,7 @@ def farm(made: Made) -> None:
     lines = made.run("fieldfed-client", "doctor", "farm", "--json", code=11).splitlines()
     found = {line["what"]: line for line in map(json.loads, lines)}
     assert found["programs"]["level"] == "ok", found
-    assert [name for name in found if found[name]["level"] == "FAULT"] == ["door"], found
+    assert [name for name in found if found[name]["level"] == "FAULT"] == ["SuperLink"], found
     classify(made)
 
 
