@@ -47,7 +47,7 @@ chaos fuzz idle liars scale stragglers: $(STAMP)
 chaos-updater: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.updater
 
-# Builds all three images with buildah, as root, and tries them: 40 GB of disk where torch brings CUDA.
+# Builds all three images with buildah, as root, and tries them: 30 GB of disk where torch brings CUDA.
 # WHEELS=DIR: a folder that has all wheels already.
 images: $(STAMP)
 	@.ci/debian buildah
