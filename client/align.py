@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from client.teacher import Teacher, lesson
+from client.teacher import Teacher, teaching
 from common.anchors import Anchors, domain_alignment_loss
 from common.codec import Floats
 from common.config import TrainConfig
@@ -90,7 +90,7 @@ def align(
         penalty = _Penalty(config, heads, anchors if use_dal else None, parameters, start)
         if teacher is not None and config.self_distil > 0:
             penalty.taught = stack.enter_context(
-                lesson(
+                teaching(
                     model,
                     classifier,
                     teacher,

@@ -6,34 +6,35 @@ of the decide part, of all epochs, is kept and calibrated there, as a version is
 
 import copy
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from client.lesson import heeding
 from client.portable import together
 from client.serving import Bundle
 from client.shadow import best_temperature, sure_from
-from common import distil, fit
-from common.backbone import read_tensors
+from client.teacher import Teacher
+from common import fit
 from common.config import TrainConfig
 from common.errors import ModelError
 from common.export import exported
 from common.heads import evaluation_mode
 from common.images import FarmFolder, Part
+from common.lesson import Terms
 from common.portable import PortableBundle
-from common.section import Section
 from common.spec import ModelSpec
+from common.student import Student
 
 log = logging.getLogger(__name__)
 
 
-class DistilConfig(Section):
-    """How a student learns."""
+class DistilConfig(Terms):
+    """How a student learns from one farm's images."""
 
     student: str = Field(default="mobilenetv3_small_100", description="a timm network")
     weights: Path | None = Field(default=None, description="safetensors file; none: random")
@@ -41,52 +42,7 @@ class DistilConfig(Section):
     batch_size: int = Field(default=16, ge=8, le=1024)
     lr: float = Field(default=2e-3, gt=0, le=1, description="AdamW")
     weight_decay: float = Field(default=0.05, ge=0, le=1)
-    temperature: float = Field(default=4.0, gt=0, le=100, description="T of the soft answers")
-    alpha: float = Field(default=1.0, ge=0, le=100, description="weight of the soft answers")
-    beta: float = Field(default=1.0, ge=0, le=1000, description="weight of the maps")
     seed: int = Field(default=0, ge=0, lt=2**32)
-
-
-class Student(nn.Module):
-    """A timm network without its classifier: images (B,3,S,S) -> features (B,C).
-
-    Args:
-        name: of the architecture.
-        weights: a safetensors file of it, or None: random.
-        seed: of random weights.
-
-    Raises:
-        ModelError: timm does not know it, or the weights are not its own.
-    """
-
-    def __init__(self, name: str, weights: Path | None = None, seed: int = 0) -> None:
-        super().__init__()
-        if name not in timm.list_models():
-            raise ModelError(f"timm has no '{name}'; take for example mobilenetv3_small_100")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-        self.network, self.name, self.width = network, name, int(network.head_hidden_size)
-        self.images, self.features, self.map = (torch.empty(0) for _ in range(3))
-        if weights is not None:
-            self._load(weights)
-
-    def _load(self, path: Path) -> None:
-        mine = self.network.state_dict()
-        found = {name: one for name, one in read_tensors(path).items() if name in mine}
-        try:
-            self.network.load_state_dict(found)
-        except RuntimeError as error:
-            first = " ".join(str(error).split())[:200]
-            raise ModelError(f"'{path}' has not the weights of {self.name}: {first}") from error
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features; images, features and map stay here until the next call."""
-        network: Any = self.network
-        found = network.forward_features(images)
-        self.images, self.map = images, distil.energy(found)
-        self.features = network.forward_head(found, pre_logits=True)
-        return self.features
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,29 +55,6 @@ class Distilled:
     threshold: float
     accuracy: float
     teacher_accuracy: float
-
-
-class _Lesson:
-    """alpha T^2 KL + beta |maps|^2 of the images that the student has just seen."""
-
-    def __init__(
-        self,
-        config: DistilConfig,
-        teacher: Bundle,
-        maps: list[Tensor],
-        student: Student,
-        classifier: nn.Linear,
-    ) -> None:
-        self._config, self._teacher, self._maps = config, teacher, maps
-        self._student, self._classifier = student, classifier
-
-    def __call__(self) -> Tensor:
-        with torch.no_grad():
-            answers = self._teacher.classifier(self._teacher.model(self._student.images))
-        config, said = self._config, self._classifier(self._student.features.float())
-        soft = distil.soft_answers(said, answers, config.temperature)
-        apart = distil.map_distance(self._student.map.float(), self._maps[0])
-        return config.alpha * soft + config.beta * apart
 
 
 def teach(
@@ -151,9 +84,8 @@ def teach(
         if (step.number + 1) % steps == 0:
             best.look((step.number + 1) // steps, step.loss)
 
-    teacher.model.eval()
-    alone = config.alpha == config.beta == 0  # of labels alone: nobody is asked
-    with distil.attention_map(teacher.model, spec) as maps:
+    asked = Teacher(teacher.model, spec, teacher.classifier)
+    with ExitStack() as stack:
         fit.train_epochs(
             student,
             classifier,
@@ -168,7 +100,7 @@ def teach(
             trainable=[name for name, _ in student.named_parameters()],
             seed=config.seed,
             autocast=autocast,
-            penalty=None if alone else _Lesson(config, teacher, maps, student, classifier),
+            penalty=heeding(stack, config, asked, student, classifier),
             epochs=config.epochs,
             on_step=look,
         )

@@ -8,33 +8,30 @@ then answers. Asked the same again, it answers from disk.
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from client import traffic
 from client.align import Aligned, align
+from client.base import Base, MissingBaseError, brought_up
 from client.bodies import can_fetch
 from client.criteria import Scoring, score
+from client.lesson import be_taught, calibration_batches
 from client.privacy import Curtain
 from client.residual import Coded, carried, encode
 from client.scores import FarmScores
 from client.state import FarmState
-from client.teacher import Asked, keep_teacher, teacher_of
+from client.teacher import Asked, Teacher, teacher_of
 from client.turns import turn
-from common import backbone, codec, fit
+from common import codec, fit
 from common.anchors import Anchors
-from common.catchup import replace, steps_of
-from common.compress import expand
 from common.config import FarmConfig
 from common.errors import (
     ConfigError,
     DataError,
     DiskError,
-    FieldfedError,
     ModelError,
     ProtocolError,
     QualityError,
@@ -49,6 +46,7 @@ from common.messages import (
     EvaluateRequest,
     HelloReply,
     HelloRequest,
+    Lesson,
     Refusal,
     Reply,
     Request,
@@ -56,24 +54,10 @@ from common.messages import (
     spoken,
 )
 from common.scores import encode_neurons
-from common.spec import ModelSpec
-from common.step import MAX_BYTES, Step, most_bytes
+from common.student import Student, recalibrate
 from common.trainable import TrainableSet
 
 log = logging.getLogger(__name__)
-
-
-class MissingBaseError(FieldfedError):
-    """The request stands on a backbone, or on anchors, that this farm does not hold."""
-
-
-@dataclass
-class Base:
-    """A backbone brought up to date, on its way through one request."""
-
-    model: VisionTransformer
-    spec: ModelSpec
-    digest: str
 
 
 class Farm:
@@ -133,6 +117,8 @@ class Farm:
         cached = self._state.load_reply(request, work)
         if isinstance(cached, AlignReply | EvaluateReply):
             log.info("run %d round %d: answered from disk", request.run, request.round)
+            if request.body is not None:  # what it stands on may be lost, and is what is wanted
+                brought_up(self._state, request, self.name)
             counted = traffic.fields(self._state.folder)
             return cached.model_copy(update={"attempt": request.attempt, **counted})
         reply: AlignReply | EvaluateReply
@@ -154,7 +140,7 @@ class Farm:
         Raises:
             StateError: the farm has not received a backbone yet.
         """
-        for digest in self._state.held():
+        for digest in self._state.backbones():
             held = self._state.load_backbone(digest)
             if held is not None:
                 judged = self._judge_own(Base(*held, digest))
@@ -231,9 +217,10 @@ class Farm:
         """
         if request.criterion is None:
             return None
+        model, spec = base.transformer()
         scoring = Scoring(
-            model=base.model,
-            spec=base.spec,
+            model=model,
+            spec=spec,
             classifier=classifier,
             part=self._folder.fit,
             batch_size=request.train.batch_size,
@@ -246,17 +233,42 @@ class Farm:
     def _learn(
         self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None
     ) -> Aligned:
+        if request.lesson is not None:
+            return self._be_taught(request, request.lesson, base, classifier)
+        model, spec = base.transformer()
         return align(
-            base.model,
+            model,
             classifier,
             self._folder.fit,
-            base.spec,
+            spec,
             request.train,
             anchors,
             seed=self._seed(request, request.round),
             autocast=self._autocast,
             max_steps=request.steps,
-            teacher=teacher_of(self._state, request, base.spec, self._fitted),
+            teacher=teacher_of(
+                self._state, request, spec, lambda *held: self._classifier_of(Base(*held))
+            ),
+        )
+
+    def _be_taught(
+        self, request: AlignRequest, lesson: Lesson, base: Base, classifier: nn.Linear
+    ) -> Aligned:
+        student, _ = base.student()
+        held = self._state.load_backbone(lesson.teacher)
+        if held is None:
+            raise MissingBaseError(f"{self.name} does not hold the teacher {lesson.teacher[:12]}")
+        teacher = Base(*held, lesson.teacher)
+        return be_taught(
+            student,
+            classifier,
+            Teacher(*held, self._classifier_of(teacher)),
+            self._folder.fit,
+            request.train,
+            lesson,
+            seed=self._seed(request, request.round),
+            autocast=self._autocast,
+            max_steps=request.steps,
         )
 
     def _anchors(self, request: AlignRequest) -> Anchors | None:
@@ -281,11 +293,12 @@ class Farm:
         started = time.monotonic()
         base = self._bring_up(request)
         for number in range(1, request.local_rounds + 1):
+            model, spec = base.transformer()
             align(
-                base.model,
+                model,
                 self._refit(base, keep=False),
                 self._folder.fit,
-                base.spec,
+                spec,
                 request.train,
                 None,
                 seed=self._seed(request, number),
@@ -311,44 +324,11 @@ class Farm:
     # --- steps that both share -------------------------------------------------------------
 
     def _bring_up(self, request: Asked) -> Base:
-        """The backbone that the request stands on, from disk, a coded delta or a full body."""
-        held = self._state.load_backbone(request.base)
-        if held is not None:
-            return Base(*held, request.base)
-        if request.body_kind == "none" or request.body is None:
-            raise MissingBaseError(f"{self.name} does not hold backbone {request.base[:12]}")
-        if request.body_kind == "full":
-            model, spec = backbone.unpack(expand(request.body, MAX_BYTES).tobytes())
-        else:
-            model, spec = self._changed(request, request.body_from or "", request.body)
-        if backbone.digest(model, spec) != request.base:
-            raise MissingBaseError(
-                f"{self.name}: the {request.body_kind} body does not yield {request.base[:12]}"
-            )
-        self._state.save_backbone(request.base, model, spec)
-        return Base(model, spec, request.base)
-
-    def _changed(
-        self, request: Asked, parent: str, body: codec.Bytes
-    ) -> tuple[VisionTransformer, ModelSpec]:
-        """The backbone that a body makes of the one held."""
-        held = self._state.load_backbone(parent) if parent else None
-        if held is None:
-            raise MissingBaseError(f"{self.name} does not hold backbone {parent[:12]}")
-        if request.body_kind == "tensors":
-            replace(held[0], body)
-            return held
-        limit = most_bytes(held[0])
-        chained = request.body_kind == "chain"
-        steps = steps_of(body, limit) if chained else [Step.from_bytes(body, limit)]
-        if not steps or steps[0].base != parent:
-            raise ProtocolError(f"steps from another backbone came as steps from {parent[:12]}")
-        for step in steps:
-            if step.cut is not None:
-                keep_teacher(self._state, request, step.base, *held)
-                self._state.save_cut(request.mask, held[1], step.cut.keep, step.base)
-            held = step.apply(*held)
-        return held
+        """What the request stands on; a student with the statistics of this farm's images."""
+        base = brought_up(self._state, request, self.name)
+        if isinstance(base.model, Student):
+            recalibrate(base.model, calibration_batches(self._folder.fit, base.spec))
+        return base
 
     def _refit(self, base: Base, keep: bool = True, autocast: bool | None = None) -> nn.Linear:
         """The private classifier, fitted to the features of this backbone on the fit part."""
@@ -369,16 +349,14 @@ class Farm:
         return fit.evaluate(classifier, features, labels)
 
     def _judge_own(self, base: Base) -> fit.Evaluation:
-        """With the classifier that the farm keeps for this backbone, or a new one."""
-        classifier = self._state.load_classifier(base.digest, len(self._folder.classes))
-        if classifier is None:
-            return self._judge_test(base, keep=True)
-        return self._test(base, classifier)
+        return self._test(base, self._classifier_of(base))
 
-    def _fitted(self, model: VisionTransformer, spec: ModelSpec, digest: str) -> nn.Linear:
-        """The classifier on disk for a backbone, or a new one."""
-        found = self._state.load_classifier(digest, len(self._folder.classes))
-        return self._refit(Base(model, spec, digest)) if found is None else found
+    def _classifier_of(self, base: Base) -> nn.Linear:
+        """The classifier that the farm keeps for this backbone, or a new one."""
+        found = self._state.load_classifier(base.digest, len(self._folder.classes))
+        if found is None:  # full precision, as for a report
+            return self._refit(base, keep=True, autocast=False)
+        return found
 
     def _judge_test(self, base: Base, keep: bool) -> fit.Evaluation:
         # full precision, so that a reported figure does not depend on the farm's hardware

@@ -1,4 +1,4 @@
-"""``fieldfed-client`` for devices that only classify: bundle, distil, classify, watch."""
+"""``fieldfed-client`` for devices that only classify: bundle, distil, student, classify, watch."""
 
 import json
 import sys
@@ -68,6 +68,35 @@ def distil(
     print(
         f"{student}: right about {made.accuracy:.3f} of the decide part, its teacher about "
         f"{made.teacher_accuracy:.3f}; {out.stat().st_size / 1e6:.1f} MB: {out}"
+    )
+
+
+@infer_app.command(epilog="Example: fieldfed-client student farms/apple --out small.bundle")
+def student(
+    folder: Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits: smaller and faster")] = False,
+    log: LogOption = "text",
+) -> None:
+    """Write the student that all farms have taught together as a bundle, with what is this farm's.
+
+    Classifier, temperature and the statistics of batch normalisation are from its own images.
+    """
+    from client.device import Device
+    from client.portable import in_8_bits
+    from client.pupil import portable_pupil
+    from client.state import FarmState
+
+    logs.start_logging(log)
+    device = Device.of(folder)
+    images, about = device.images(), device.serving.about()
+    version = 1 if about is None else about.manifest.counter
+    made = portable_pupil(FarmState(folder / "state"), images, version)
+    bundle = in_8_bits(made.bundle, images) if int8 else made.bundle
+    bundle.write(out)
+    print(
+        f"{made.name} ({made.digest[:12]}): right about {made.accuracy:.3f} of the decide part; "
+        f"{out.stat().st_size / 1e6:.1f} MB: {out}"
     )
 
 

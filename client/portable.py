@@ -54,22 +54,27 @@ def together(
         ModelError: ONNX Runtime says something else than the model.
     """
     spec = about.manifest.spec
-    require_parity(model, spec.image_size, Runtime(graph))
+    described = PortableAbout(
+        version=about.manifest.counter,
+        backbone=name,
+        width=classifier.in_features,
+        image_size=spec.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        classes=about.classes,
+        temperature=about.temperature,
+        threshold=about.threshold,
+    )
+    return joined(described, model, graph, classifier)
+
+
+def joined(
+    about: PortableAbout, model: nn.Module, graph: bytes, classifier: nn.Linear
+) -> PortableBundle:
+    """The same, described already; raises as :func:`together` does."""
+    require_parity(model, about.image_size, Runtime(graph))
     return PortableBundle(
-        PortableAbout(
-            version=about.manifest.counter,
-            backbone=name,
-            width=classifier.in_features,
-            image_size=spec.image_size,
-            mean=spec.mean,
-            std=spec.std,
-            classes=about.classes,
-            temperature=about.temperature,
-            threshold=about.threshold,
-        ),
-        graph,
-        classifier.weight.detach().numpy(),
-        classifier.bias.detach().numpy(),
+        about, graph, classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
     )
 
 

@@ -1,6 +1,8 @@
 """What a farm keeps on its own disk; nothing in here ever leaves it, except cached replies.
 
     backbones/DIGEST.safetensors     the newest training bases and the one before the last cut
+    students/DIGEST.safetensors      the newest students, as far as they are shared: without the
+                                     statistics of batch normalisation (common/student.py)
     classifiers/DIGEST.safetensors   this farm's classifier for that backbone
     replies/RUN-ROUND-WORK...        the answer to a request, sent again when it is asked again, and
                                      what coding its update lost (client/residual.py)
@@ -34,14 +36,16 @@ from common.errors import FieldfedError, ModelError
 from common.files import write_atomically
 from common.mask import Keep
 from common.messages import AlignReply, Bytes, Floats, Reply, Request, Work, from_parts, to_parts
-from common.spec import ModelSpec
+from common.spec import ModelSpec, StudentSpec
+from common.student import Student, unpack_student
 
 log = logging.getLogger(__name__)
 
-BACKBONES_KEPT = 3
+BACKBONES_KEPT, STUDENTS_KEPT = 3, 2
 ALIGNED_KEPT, REPORTED_KEPT, ANCHORS_KEPT, CUTS_KEPT = 2, 3, 2, 2
 
 _LOST = "lost"
+_FOLDERS = ("backbones", "students", "classifiers", "replies", "reports", "anchors", "cuts")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +61,16 @@ class FarmState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("backbones", "classifiers", "replies", "reports", "anchors", "cuts"):
+        for name in _FOLDERS:
             (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def held(self) -> tuple[str, ...]:
+        """Digests of all that a request can stand on: backbones, then students."""
+        return self.backbones() + self.students()
 
     # --- backbones -------------------------------------------------------------------------
 
-    def held(self) -> tuple[str, ...]:
+    def backbones(self) -> tuple[str, ...]:
         """Digests of the backbones on disk, newest first."""
         return tuple(path.stem for path in _newest_first(self.folder / "backbones"))
 
@@ -103,6 +111,39 @@ class FarmState:
 
     def _backbone_path(self, digest: str) -> Path:
         return self.folder / "backbones" / f"{digest}.safetensors"
+
+    # --- students --------------------------------------------------------------------------
+
+    def students(self) -> tuple[str, ...]:
+        """Digests of the students on disk, newest first."""
+        return tuple(path.stem for path in _newest_first(self.folder / "students"))
+
+    def load_student(self, digest: str) -> tuple[Student, StudentSpec] | None:
+        """The student with this digest, or None when it is absent or damaged."""
+        path = self._student_path(digest)
+        try:
+            student, spec = unpack_student(path.read_bytes())
+        except OSError:
+            return None
+        except ModelError:
+            path.unlink(missing_ok=True)
+            return None
+        if backbone.digest(student, spec) != digest:
+            log.warning("student %s on disk is damaged; it will be fetched again", digest[:12])
+            path.unlink(missing_ok=True)
+            return None
+        os.utime(path)
+        return student, spec
+
+    def save_student(self, digest: str, student: Student, spec: StudentSpec) -> None:
+        """Keep a student, and throw the oldest away with their classifiers."""
+        write_atomically(self._student_path(digest), backbone.pack(student, spec))
+        for path in _newest_first(self.folder / "students")[STUDENTS_KEPT:]:
+            path.unlink(missing_ok=True)
+            self._classifier_path(path.stem).unlink(missing_ok=True)
+
+    def _student_path(self, digest: str) -> Path:
+        return self.folder / "students" / f"{digest}.safetensors"
 
     # --- classifiers -----------------------------------------------------------------------
 

@@ -33,9 +33,10 @@ Fitted: TypeAlias = Callable[[VisionTransformer, ModelSpec, str], nn.Linear]
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A backbone from before a cut and the farm's classifier for it."""
+    """A backbone that teaches, and the farm's classifier for it."""
 
     model: VisionTransformer
+    spec: ModelSpec
     classifier: nn.Linear
 
 
@@ -60,7 +61,7 @@ def teacher_of(
     if digest is None or held is None:
         _say_once(state, request)
         return None
-    return Teacher(held[0], fitted(*held, digest))
+    return Teacher(*held, fitted(*held, digest))
 
 
 def keep_teacher(
@@ -82,7 +83,7 @@ def _say_once(state: FarmState, request: AlignRequest) -> None:
 
 
 @contextmanager
-def lesson(
+def teaching(
     model: VisionTransformer,
     classifier: nn.Linear,
     teacher: Teacher,

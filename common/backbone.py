@@ -29,7 +29,7 @@ from common.efficient import install
 from common.errors import ModelError
 from common.files import write_atomically
 from common.silent import SilentAttention
-from common.spec import ModelSpec, saved_spec
+from common.spec import ModelSpec, Spec, saved_spec
 from common.tensors import header_of
 
 log = logging.getLogger(__name__)
@@ -217,8 +217,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"'{path}' is not a complete safetensors file: {error}") from error
 
 
-def pack(model: VisionTransformer, spec: ModelSpec) -> bytes:
-    """Spec and tensors as safetensors bytes; a tensor exact in fp16 takes half the room.
+def pack(model: nn.Module, spec: Spec) -> bytes:
+    """Spec and parameters as safetensors bytes; a tensor exact in fp16 takes half the room.
 
     Put together in one copy: the library's own ``save`` makes three of a backbone.
     """
@@ -237,13 +237,13 @@ def pack(model: VisionTransformer, spec: ModelSpec) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def stored_tensors(model: VisionTransformer) -> dict[str, Tensor]:
-    """The tensors of a backbone as they are kept: fp16 where that is exact, else fp32.
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a network as they are kept: fp16 where that is exact, else fp32.
 
-    Those without a number, of an attention that is gone, are left out.
+    Those without a number, of an attention that is gone, are left out. A backbone has nothing else;
+    a student also has statistics of images, which are nobody's to share (common/student.py).
     """
-    state = model.state_dict()
-    return {name: _stored(one.detach()) for name, one in state.items() if one.numel()}
+    return {n: _stored(one.detach()) for n, one in model.named_parameters() if one.numel()}
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -305,10 +305,10 @@ def read_spec(path: Path) -> ModelSpec:
     return saved_spec(path)
 
 
-def digest(model: VisionTransformer, spec: ModelSpec) -> str:
-    """sha256 over the spec and every tensor as fp32, by name: the identity of a candidate."""
+def digest(model: nn.Module, spec: Spec) -> str:
+    """sha256 over the spec and every parameter as fp32, by name: the identity of a candidate."""
     sha = hashlib.sha256(spec.to_json().encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.named_parameters()):
         sha.update(name.encode())
         sha.update(tensor.detach().float().contiguous().numpy().data)
     return sha.hexdigest()

@@ -16,7 +16,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from common.codec import Bytes
 from common.compress import compress, expand
@@ -48,7 +48,7 @@ def steps_of(body: Bytes, limit: int = MAX_BYTES) -> list[Step]:
     return [Step.from_bytes(step, limit) for step in steps]
 
 
-def changed(before: VisionTransformer, after: VisionTransformer) -> Bytes | None:
+def changed(before: nn.Module, after: nn.Module) -> Bytes | None:
     """The parameters that differ; None where shapes do, because units were cut in between."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     if any(old[name].shape != parameter.shape for name, parameter in new.items()):
@@ -62,7 +62,7 @@ def changed(before: VisionTransformer, after: VisionTransformer) -> Bytes | None
 
 
 @torch.no_grad()
-def replace(model: VisionTransformer, body: Bytes) -> None:
+def replace(model: nn.Module, body: Bytes) -> None:
     """Put the tensors of :func:`changed` into a backbone.
 
     Raises:

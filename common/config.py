@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from common.broker import Broker
 from common.door import DoorConfig
+from common.lesson import StudentConfig
 from common.section import Section
 from common.services import (
     DeviceMetricsConfig,
@@ -44,10 +45,7 @@ class TrainConfig(Section):
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
     self_distil: float = Field(
-        default=0.0,
-        ge=0,
-        le=100,
-        description="weight of what the backbone before the last cut says; 0 turns it off",
+        default=0.0, ge=0, le=100, description="weight of what the uncut backbone says; 0: off"
     )
     self_distil_temperature: float = Field(
         default=2.0, gt=0, le=100, description="T of those soft answers"
@@ -287,6 +285,7 @@ class ServerConfig(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig)
     rounds: RoundConfig = Field(default_factory=RoundConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    distil: StudentConfig = Field(default_factory=StudentConfig)
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
     hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
     door: DoorConfig | None = Field(default=None, description="absent: farms of this machine only")

@@ -22,7 +22,7 @@ from torch.nn import functional
 from common.config import TrainConfig
 from common.errors import DataError, QualityError
 from common.images import Part
-from common.spec import ModelSpec
+from common.pixels import Input
 
 # Chosen on the decide parts of the development species (apple, grape, mango, pepper_bell, potato):
 # accuracy is flat from 1e-4 to 1e-2 and falls above; of the flat range the largest, because a
@@ -44,7 +44,7 @@ def bf16_supported() -> bool:
 
 
 def extract(
-    model: nn.Module, part: Part, spec: ModelSpec, *, batch_size: int = 64, autocast: bool = False
+    model: nn.Module, part: Part, spec: Input, *, batch_size: int = 64, autocast: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Features (N,C) float32 and labels (N,) int64 of a part, without augmentation, on the CPU.
 
@@ -195,7 +195,7 @@ def train_epochs(
     model: nn.Module,
     classifier: nn.Linear,
     part: Part,
-    spec: ModelSpec,
+    spec: Input,
     config: TrainConfig,
     *,
     trainable: Sequence[str],

@@ -18,6 +18,7 @@ from pydantic_core import core_schema
 from common import protocols
 from common.config import Criterion, PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
+from common.lesson import Terms
 from common.protocols import PROTOCOL
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -60,6 +61,9 @@ class Work(Message):
     attempt: int = Field(ge=1, le=1000)
     seed: int = Field(ge=0, lt=2**32)
     base: Digest = Field(description="the backbone to stand on after the body is applied")
+    base_kind: Literal["backbone", "student"] = Field(
+        default="backbone", description="student: a network that learns from a backbone"
+    )
     mask: Digest = Field(description="the mask that backbone carries")
     body_kind: Literal["none", "delta", "chain", "tensors", "full", "hub"] = "none"
     body_from: Digest | None = Field(default=None, description="the base that the body changes")
@@ -99,8 +103,14 @@ class HelloReply(Message):
     hub: bool = Field(default=False, description="it can fetch a whole backbone from the hub")
 
 
+class Lesson(Terms):
+    """From whom a student learns, and how much it heeds it; the farm holds the teacher."""
+
+    teacher: Digest = Field(description="a backbone that the farm was asked to evaluate before")
+
+
 class AlignRequest(Work):
-    """One round of local alignment."""
+    """One round of local alignment, or with ``lesson`` of teaching a student."""
 
     kind: Literal["align"] = "align"
     train: TrainConfig
@@ -116,6 +126,7 @@ class AlignRequest(Work):
         default=None, ge=0, description="newest round in which a reply of this farm counts"
     )
     privacy: PrivacyConfig | None = Field(default=None, description="noise to add; None: none")
+    lesson: Lesson | None = Field(default=None, description="of a student; None: alignment")
 
 
 class Done(Message):

@@ -26,14 +26,17 @@ from common.errors import ProtocolError, RejectReason
 
 SCHEMAS: Mapping[int, str] = {
     3: "f9542a2e3c709240db357ad3f49aa8bde6c21f32720fcac16b88351c9de17e32",
-    4: "2f31c0d8995d1a49773f4aedae22a601b18e75b1e9f8c1d4032cd69e598afebb",
+    4: "0",
 }
 """The protocols spoken; sha256 of what tests/common/golden/protocol-N/schema.json says of each."""
 
 ADDED: Mapping[int, tuple[str, ...]] = {
     4: (
+        "align.base_kind",
+        "align.lesson",
         "align.train.self_distil",
         "align.train.self_distil_temperature",
+        "evaluate.base_kind",
         "evaluate.train.self_distil",
         "evaluate.train.self_distil_temperature",
     ),
@@ -67,6 +70,11 @@ def additions(kind: str, protocol: int) -> list[Addition]:
 def _parsed(name: str) -> Addition:
     path, _, value = name.partition("=")
     return Addition(tuple(path.split(".")), value or None)
+
+
+def has(kind: str, field: str, protocol: int) -> bool:
+    """Whether this kind of message has that field in that protocol."""
+    return all(one.path != (field,) for one in additions(kind, protocol))
 
 
 def require_spoken(protocol: int) -> None:

@@ -1,11 +1,13 @@
 """ModelSpec: all that is needed to rebuild a (pruned) backbone before its tensors are loaded.
 
 A spec is frozen, hashable and JSON; it never carries code. Units are counted block by block:
-``heads[l]`` attention heads of ``head_width`` channels, ``neurons[l]`` MLP neurons.
+``heads[l]`` attention heads of ``head_width`` channels, ``neurons[l]`` MLP neurons. A StudentSpec
+is the same for a convolutional network that learns from a backbone (common/student.py).
 """
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
@@ -81,6 +83,33 @@ class ModelSpec(BaseModel):
     def from_json(cls, text: str | bytes) -> "ModelSpec":
         """Parse and validate; raises ``pydantic.ValidationError``."""
         return cls.model_validate_json(text)
+
+
+class StudentSpec(BaseModel):
+    """A convolutional network of timm, whole, that takes the images its teacher takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: Literal["student"] = "student"
+    name: str = Field(description="timm architecture, for example mobilenetv3_small_100")
+    image_size: int = Field(ge=16, le=2048, description="side of the square input in pixels")
+    width: Count = Field(description="length of a feature vector")
+    mean: Triple
+    std: Triple
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same spec always gives the same text."""
+        return self.model_dump_json()
+
+
+Spec: TypeAlias = ModelSpec | StudentSpec
+
+
+def spec_of_text(text: str) -> Spec:
+    """The spec that a JSON text is; raises ``ValueError`` as ``ModelSpec.from_json`` does."""
+    values = json.loads(text)
+    student = isinstance(values, dict) and "network" in values
+    return (StudentSpec if student else ModelSpec).model_validate_json(text)
 
 
 def saved_spec(path: Path) -> ModelSpec:

@@ -14,7 +14,7 @@ candidate is what comes out here, so server and farms reach the same digest.
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from common import codec
 from common.backbone import parameters
@@ -30,7 +31,9 @@ from common.compress import compress, expand
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.layout import add, layout_of
 from common.mask import Indices, Keep
-from common.spec import ModelSpec
+from common.networks import Network
+from common.spec import ModelSpec, Spec, StudentSpec
+from common.student import Student
 from common.surgery import prune
 from common.tensors import header_of
 from common.trainable import TrainableSet, trainable_set
@@ -38,8 +41,8 @@ from common.trainable import TrainableSet, trainable_set
 MAX_BYTES = 2_000_000_000
 
 
-def most_bytes(model: VisionTransformer) -> int:
-    """What a change of a backbone has at most: each number as fp32, and where it belongs."""
+def most_bytes(model: nn.Module) -> int:
+    """What a change of a network has at most: each number as fp32, and where it belongs."""
     return 8 * parameters(model) + 1_000_000
 
 
@@ -109,9 +112,18 @@ class Step:
         """Digest of the candidate that the step is added to."""
         return codec.read_header(self.update).base
 
+    @overload
     def apply(
         self, model: VisionTransformer, spec: ModelSpec
-    ) -> tuple[VisionTransformer, ModelSpec]:
+    ) -> tuple[VisionTransformer, ModelSpec]: ...
+
+    @overload
+    def apply(self, model: Student, spec: StudentSpec) -> tuple[Student, StudentSpec]: ...
+
+    @overload
+    def apply(self, model: Network, spec: Spec) -> tuple[Network, Spec]: ...
+
+    def apply(self, model: Network, spec: Spec) -> tuple[Network, Spec]:
         """The next candidate; ``model`` is used up.
 
         Raises:
@@ -122,6 +134,8 @@ class Step:
         trained.add(model, codec.decode(self.update, base=self.base, count=count))
         if self.cut is None:
             return model, spec
+        if not isinstance(model, VisionTransformer) or not isinstance(spec, ModelSpec):
+            raise ProtocolError("a cut of a student, which has no heads", RejectReason.SHAPE)
         try:
             smaller, smaller_spec = prune(model, spec, self.cut.keep)
             self.cut.compensate(smaller)
@@ -178,7 +192,7 @@ def _split(flat: Indices, counts: list[int]) -> tuple[Indices, ...]:
     return tuple(parts)
 
 
-def _trained(model: VisionTransformer, header: codec.Header) -> TrainableSet:
+def _trained(model: nn.Module, header: codec.Header) -> TrainableSet:
     """What an update changes: its rank and the count of its numbers tell the sets apart."""
     for kind in ("lora",) if header.rank else ("bias", "attention", "full"):
         chosen = trainable_set(model, kind, header.rank)

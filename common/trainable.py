@@ -45,7 +45,7 @@ class TrainableSet:
     layout: Layout
     rank: int
 
-    def add(self, model: VisionTransformer, flat: Floats) -> None:
+    def add(self, model: nn.Module, flat: Floats) -> None:
         """Add a change, fp32 (n,), to a backbone in place; the same bits on every machine.
 
         Raises:
@@ -56,7 +56,7 @@ class TrainableSet:
         add_tensors(model, {n: c for n, c in changes.items() if not n.endswith(FACTOR)})
         self._merge(model, changes)
 
-    def merge(self, model: VisionTransformer, flat: Floats) -> None:
+    def merge(self, model: nn.Module, flat: Floats) -> None:
         """Add what the factors of a change amount to, and nothing else of it.
 
         Raises:
@@ -64,13 +64,13 @@ class TrainableSet:
         """
         self._merge(model, self.layout.unflatten(flat))
 
-    def _merge(self, model: VisionTransformer, changes: Mapping[str, Tensor]) -> None:
+    def _merge(self, model: nn.Module, changes: Mapping[str, Tensor]) -> None:
         if self.rank:
             for factor in _factors_of(model, self.rank):
                 factor.merge(changes[factor.name])
 
 
-def trainable_set(model: VisionTransformer, kind: str, rank: int = 8) -> TrainableSet:
+def trainable_set(model: nn.Module, kind: str, rank: int = 8) -> TrainableSet:
     """The set of that name; ``rank`` counts for ``lora`` alone.
 
     Raises:
@@ -85,7 +85,7 @@ def trainable_set(model: VisionTransformer, kind: str, rank: int = 8) -> Trainab
     return TrainableSet(Layout(tuple(names), tuple(shapes[name] for name in names)), rank)
 
 
-def trainable_names(model: VisionTransformer, kind: str) -> list[str]:
+def trainable_names(model: nn.Module, kind: str) -> list[str]:
     """Names of a backbone's own parameters that a round trains, sorted.
 
     Raises:
@@ -173,7 +173,9 @@ class _Factor:
         return np.ascontiguousarray(_signs(self.name, self.rank, rows).T * np.float32(1 / rows))
 
 
-def _factors_of(model: VisionTransformer, rank: int) -> Iterator[_Factor]:
+def _factors_of(model: nn.Module, rank: int) -> Iterator[_Factor]:
+    if not isinstance(model, VisionTransformer):
+        raise ModelError("only a transformer has layers to put lora factors beside; train 'full'")
     for number, layers in enumerate(block_layers(model)):
         for place, linear, trains_rows in (
             ("attn.qkv", layers.attn.qkv, True),

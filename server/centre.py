@@ -21,6 +21,7 @@ from common.files import only_one
 from common.messages import AlignRequest, EvaluateRequest, Reply
 from common.scores import UnitScores
 from common.spec import ModelSpec
+from server.begin import start_or_resume
 from server.close import RoundCloser, Work
 from server.collect import Accept, Verdict
 from server.consensus import Part, pooled
@@ -28,7 +29,7 @@ from server.intake import Intake
 from server.link import Clock, FarmLink
 from server.models import Models
 from server.region_record import Order, RegionReply, Terms, check_sums
-from server.rounds import RoundLoop, WallClock, start_or_resume
+from server.rounds import RoundLoop, WallClock
 from server.rows import ReplyRow, RunRow, ScoreRow
 from server.settings import RunSettings
 from server.spool import ReplyReader
@@ -136,6 +137,7 @@ class CentreIntake(Intake):
     ) -> Verdict:
         if scored and isinstance(reply, RegionReply):
             try:
+                assert isinstance(expected.spec, ModelSpec)  # a centre teaches no student
                 check_sums(reply, expected.spec)
             except ProtocolError as error:
                 self.quarantine(asked.round, node, error.reason, str(error))
@@ -197,6 +199,8 @@ def run_centre(
         FieldfedError: the run cannot go on; it is marked failed with the reason.
     """
     require_centre(settings.config)
+    if settings.taught is not None:
+        raise ConfigError("a centre cannot have its regions teach a student yet")
     with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
         models = Models(state_dir)
         models.sweep()

@@ -15,6 +15,7 @@ from common.config import Criterion, NetworkConfig, ServerConfig
 from common.errors import ConfigError, StateError
 from common.settings import load_settings, validate
 from server.backup_cli import backup_app
+from server.distil_cli import distil_app
 from server.doctor_cli import doctor_app
 from server.enrol_cli import enrol_app
 from server.mask_cli import mask_app
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(mask_app, name="mask")
+app.add_typer(distil_app)
 app.add_typer(doctor_app)
 app.add_typer(enrol_app)
 app.add_typer(backup_app)

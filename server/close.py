@@ -13,13 +13,14 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from common import backbone, codec
+from common import backbone, codec, networks
 from common.anchors import compute_anchors
 from common.budget import Budget, choose_mask
 from common.config import ServerConfig
 from common.mask import Mask
+from common.networks import Network
 from common.scores import UnitScores, decode_neurons
-from common.spec import ModelSpec
+from common.spec import ModelSpec, Spec
 from common.step import Cut, Step
 from common.surgery import Moments, collect_moments, prune, prune_compensated, slice_flat
 from common.trainable import TrainableSet, trainable_set
@@ -155,14 +156,14 @@ class RoundCloser:
         self._spool.discard_round(run, number)
 
     def _candidate(
-        self, model: VisionTransformer, spec: ModelSpec, digest: str, parent: str, mask: Mask
+        self, model: Network, spec: Spec, digest: str, parent: str, mask: Mask
     ) -> CandidateRow:
         return CandidateRow(
             digest=digest,
             parent=parent,
             mask=mask.digest,
             spec_json=spec.to_json(),
-            macs=backbone.macs(spec),
+            macs=networks.macs(spec),
             params=backbone.parameters(model),
             path=str(self._models.path(digest)),
         )

@@ -8,15 +8,14 @@ fault and pause nobody.
 import logging
 from functools import partial
 
-from timm.models.vision_transformer import VisionTransformer
-
 from common import codec
 from common.compress import expand
 from common.config import ServerConfig
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
-from common.spec import ModelSpec
+from common.networks import Network
+from common.spec import Spec
 from common.surgery import slice_flat
 from common.trainable import TrainableSet, trainable_set
 from server.close import Base, Work
@@ -50,7 +49,7 @@ class Intake:
     ) -> None:
         self.farms: dict[int, str] = {}
         self._nodes: dict[str, int] = {}
-        self._shapes: dict[str, tuple[ModelSpec, int, int]] = {}
+        self._shapes: dict[str, tuple[Spec, int, int]] = {}
         self._run, self._config, self._models = run, config, models
         self._spool, self._store, self._requests = spool, store, requests
 
@@ -228,12 +227,12 @@ class Intake:
 
     def _expected(self, base: str, scored: bool) -> Expected:
         if base not in self._shapes:  # late replies ask for the same few bases again and again
-            model, spec = self._models.view(base)
+            model, spec = self._models.network(base)
             trained = self._trained(model)
             self._shapes[base] = spec, trained.layout.count, trained.rank
         return Expected(*self._shapes[base], scored, self._config.rounds.max_reply_bytes)
 
-    def _trained(self, model: VisionTransformer) -> TrainableSet:
+    def _trained(self, model: Network) -> TrainableSet:
         train = self._config.train
         return trainable_set(model, train.trainable, train.rank)
 

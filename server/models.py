@@ -1,4 +1,4 @@
-"""Backbones of the server on disk: candidates by digest, the steps to them, anchors by mask.
+"""Backbones and students of the server on disk: candidates, the steps to them, anchors by mask.
 
 models/DIGEST.safetensors    a candidate, whole
 models/DIGEST.delta          the step that leads to it from its parent (common/step.py)
@@ -19,15 +19,17 @@ from typing import Literal
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
-from common import backbone
+from common import backbone, networks
 from common.anchors import Anchors
 from common.catchup import MAX_STEPS, chain, changed
 from common.compress import compress
 from common.errors import DiskError, FieldfedError, ProtocolError, StateError
 from common.files import write_atomically
 from common.messages import Array
-from common.spec import ModelSpec
+from common.networks import Network
+from common.spec import ModelSpec, Spec, StudentSpec
 from common.step import Step
+from common.student import Student
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +57,14 @@ class Models:
         self._anchors = state_dir / "anchors"
         self._bodies: dict[Path, Array] = {}
         self._parents: dict[str, str] = {}
-        self._newest: tuple[str, VisionTransformer, ModelSpec] | None = None
+        self._newest: tuple[str, Network, Spec] | None = None
         self._writer: threading.Thread | None = None
 
     def path(self, digest: str) -> Path:
         """Where the candidate lies."""
         return self._models / f"{digest}.safetensors"
 
-    def save(self, model: VisionTransformer, spec: ModelSpec, step: Array | None = None) -> str:
+    def save(self, model: Network, spec: Spec, step: Array | None = None) -> str:
         """Keep a candidate and, when it has one, the step from its parent.
 
         ``model`` stays in memory: it must not be changed after that.
@@ -97,22 +99,37 @@ class Models:
             path.unlink(missing_ok=True)
 
     def load(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
-        """A candidate, the caller's to change; raises StateError when it is absent or damaged."""
+        """A backbone, the caller's to change; raises StateError when it is absent or damaged."""
         loaded = self.view(digest)
         self._newest = None
         return loaded
 
     def view(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
-        """A candidate to look at only: the newest stays in memory. Raises as ``load`` does."""
+        """A backbone to look at only: the newest stays in memory. Raises as ``load`` does."""
+        model, spec = self.network(digest)
+        if not isinstance(model, VisionTransformer) or not isinstance(spec, ModelSpec):
+            raise StateError(f"{digest[:12]} is a student ({spec.name}), not a backbone")
+        return model, spec
+
+    def load_student(self, digest: str) -> tuple[Student, StudentSpec]:
+        """A student, the caller's to change; raises StateError as ``load`` does."""
+        model, spec = self.network(digest)
+        if not isinstance(model, Student) or not isinstance(spec, StudentSpec):
+            raise StateError(f"{digest[:12]} is a backbone ({spec.name}), not a student")
+        self._newest = None
+        return model, spec
+
+    def network(self, digest: str) -> tuple[Network, Spec]:
+        """Either of them, to look at only; raises as ``load`` does."""
         if self._newest is None or self._newest[0] != digest:
             self.settle()
             self._newest = digest, *self._read(digest)
         return self._newest[1:]
 
-    def _read(self, digest: str) -> tuple[VisionTransformer, ModelSpec]:
+    def _read(self, digest: str) -> tuple[Network, Spec]:
         """From disk: whole, or else from the parent and the step."""
         try:
-            model, spec = backbone.load_backbone(self.path(digest))
+            model, spec = networks.load(self.path(digest))
             if backbone.digest(model, spec) == digest:
                 return model, spec
         except FieldfedError as error:
@@ -134,7 +151,7 @@ class Models:
         """The candidate as bytes, compressed where that is shorter."""
 
         def packed() -> bytes:
-            whole = np.frombuffer(backbone.pack(*self.view(digest)), np.uint8)
+            whole = np.frombuffer(backbone.pack(*self.network(digest)), np.uint8)
             return compress(whole).tobytes()
 
         return self._shared(self.path(digest), packed)
@@ -197,7 +214,7 @@ class Models:
         """What differs between two candidates, or None where units were cut in between."""
 
         def differing() -> bytes:
-            now, _ = self.view(digest)
+            now, _ = self.network(digest)
             before, _ = self._read(start)
             body = changed(before, now)
             return b"" if body is None else body.tobytes()

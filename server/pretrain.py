@@ -38,6 +38,7 @@ from common.fit import (
     zero_classifier,
 )
 from common.images import FarmFolder, Part, open_folder
+from common.pixels import Input
 from common.sampling import with_tokens
 from common.spec import ModelSpec
 from common.trainable import trainable_names
@@ -73,7 +74,7 @@ class SourceBatches:
     batch already holds many classes.
     """
 
-    def __init__(self, folder: FarmFolder, spec: ModelSpec, count: int, seed: int) -> None:
+    def __init__(self, folder: FarmFolder, spec: Input, count: int, seed: int) -> None:
         paths = folder.fit.paths + folder.decide.paths
         labels = np.concatenate([folder.fit.labels, folder.decide.labels])
         drawn = np.random.default_rng(seed).permutation(len(paths))[:count]
@@ -88,9 +89,7 @@ class SourceBatches:
             yield images
 
 
-def source_batches(
-    folder: Path | FarmFolder, spec: ModelSpec, count: int, seed: int
-) -> SourceBatches:
+def source_batches(folder: Path | FarmFolder, spec: Input, count: int, seed: int) -> SourceBatches:
     """Up to ``count`` source images for anchors and second moments, the same for every spec.
 
     Raises:

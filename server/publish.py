@@ -22,7 +22,7 @@ from common.files import write_atomically
 from common.manifest import FarmResult, File, Manifest, Tensor, digest_of
 from common.objects import Objects
 from common.runtime import Runtime
-from common.spec import ModelSpec
+from common.spec import ModelSpec, spec_of_text
 from server.models import Models
 from server.provenance import commit
 from server.registry import Registry
@@ -58,6 +58,11 @@ def publish_run(registry: Registry, store: Store, models: Models, run: RunRow) -
             "see: fieldfed-server status"
         )
     number, candidate = last
+    if not isinstance(spec_of_text(candidate.spec_json), ModelSpec):
+        raise ConfigError(
+            f"run {run.run} has taught a student, and versions are of backbones: farms have it "
+            "already ('fieldfed-client student'), and 'fieldfed-server student' writes it as files"
+        )
     farms = results(store, run, candidate.digest)
     if not farms:
         raise ConfigError(f"no farm has evaluated what run {run.run} ended with; run it again")

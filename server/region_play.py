@@ -205,6 +205,8 @@ class Player:
             raise ProtocolError(
                 f"an order of '{order.terms.centre}', and the centre is {self._region.centre}"
             )
+        if order.request.base_kind != "backbone":
+            raise ProtocolError("an order to teach a student, which regions cannot play yet")
         bring_up(self._models, order.request)
         return Base(order.request.base, Mask.from_json(order.terms.mask))
 

@@ -8,18 +8,31 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from common.config import ServerConfig
-from common.messages import AlignRequest, AnyMessage, EvaluateRequest, HelloRequest, spoken
-from common.protocols import PROTOCOL, SCHEMAS
+from common.messages import (
+    AlignRequest,
+    AnyMessage,
+    EvaluateRequest,
+    HelloRequest,
+    Lesson,
+    spoken,
+)
+from common.protocols import PROTOCOL, SCHEMAS, has
 from server.bodies import Bodies
 from server.close import Base, Work
 from server.models import Models
 
 
 class Requests:
-    """Makes requests and remembers which backbones each farm holds."""
+    """Makes requests and remembers which backbones each farm holds.
 
-    def __init__(self, run: int, config: ServerConfig, models: Models) -> None:
+    With a ``lesson`` they are of a run that distils, where all but the teacher are students.
+    """
+
+    def __init__(
+        self, run: int, config: ServerConfig, models: Models, lesson: Lesson | None = None
+    ) -> None:
         self._run, self._config, self._models = run, config, models
+        self._lesson = lesson
         self._bodies = Bodies(models.state_dir, models.body) if config.hub is not None else None
         self._fetching: set[int] = set()
         self._held: dict[int, set[str]] = {}
@@ -35,6 +48,14 @@ class Requests:
         self._speaks[node] = protocol
         self._fetching.discard(node)  # it says so anew, if it still can
         return True
+
+    def can_learn(self, node: int) -> bool:
+        """Whether a farm's protocol knows of students."""
+        return has("align", "lesson", self._speaks.get(node, PROTOCOL))
+
+    def holds(self, node: int, digest: str) -> bool:
+        """Whether a farm is known to hold this backbone."""
+        return digest in self._held.get(node, ())
 
     def farm_holds(self, node: int, digests: Iterable[str]) -> None:
         """A farm said, or showed by its reply, that it holds these backbones."""
@@ -78,6 +99,7 @@ class Requests:
             steps=budgets.get(node),
             folded=self._folded.get(node),
             privacy=self._config.privacy,
+            lesson=self._lesson,
         )
         return self._spoken(node, request)
 
@@ -111,9 +133,14 @@ class Requests:
             "attempt": attempt,
             "seed": self._config.seed,
             "base": base.digest,
+            "base_kind": self._kind_of(base),
             "mask": base.mask.digest,
             **self._body(node, base.digest),
         }
+
+    def _kind_of(self, base: Base) -> Literal["backbone", "student"]:
+        taught = self._lesson is not None and base.digest != self._lesson.teacher
+        return "student" if taught else "backbone"
 
     def _anchors(self, node: int, work: Work) -> dict[str, Any]:
         """What alignment and scores are measured against, where they need it."""

@@ -19,6 +19,7 @@ from common.errors import DiskError, FieldfedError, StateError
 from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
+from server.begin import start_or_resume
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
 from server.guard import accuracies, judge
@@ -64,23 +65,17 @@ def run_rounds(
         models = Models(state_dir)
         models.sweep()
         run = start_or_resume(settings, store, models, state_dir)
-        RoundLoop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
+        loop = _loop_of(settings)
+        loop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
     return run
 
 
-def start_or_resume(settings: RunSettings, store: Store, models: Models, state_dir: Path) -> int:
-    """The run to work on: the last one when it is unfinished and the same, else a new one."""
-    last = store.latest_run()
-    if last is not None and last.state == "running" and settings.are_those_of(last.config_json):
-        log.info("run %d continues", last.run)
-        return last.run
-    model, spec = backbone.load_backbone(state_dir / "base.safetensors")
-    base, mask = models.save(model, spec), Mask.dense(spec)
-    models.import_anchors(mask.digest, state_dir / "anchors.safetensors")
-    text = settings.model_dump_json()
-    run = store.start_run(text, settings.config.seed, base, mask.to_json(), settings.label)
-    log.info("run %d starts from backbone %s", run, base[:12])
-    return run
+def _loop_of(settings: RunSettings) -> "type[RoundLoop]":
+    if settings.taught is None:
+        return RoundLoop
+    from server.distil import DistilLoop
+
+    return DistilLoop
 
 
 class RoundLoop:
@@ -109,7 +104,7 @@ class RoundLoop:
         self._start = Base(row.base, Mask.from_json(row.mask_json))
         self._dense = backbone.read_spec(self._models.path(row.base))
         self._plan = planned(self._config.plan, self._dense, store.verdicts(run))
-        self._requests = Requests(run, self._config, self._models)
+        self._requests = Requests(run, self._config, self._models, settings.lesson)
         self._intake = self.intake(
             run, self._config, self._models, self._spool, store, self._requests
         )
@@ -373,10 +368,14 @@ class RoundLoop:
         *,
         local_rounds: int = 0,
         part: Literal["test", "decide"] = "test",
+        nodes: Sequence[int] | None = None,
     ) -> None:
-        done = {row.node for row in self._store.reports(self.run, label)}
+        """Have farms report on ``base``: by default all that have not yet."""
+        if nodes is None:
+            done = {row.node for row in self._store.reports(self.run, label)}
+            nodes = [node for node in self._intake.active() if node not in done]
         exchange = Exchange(
-            nodes=[node for node in self._intake.active() if node not in done],
+            nodes=nodes,
             request=partial(
                 self._requests.evaluate,
                 number=number,

@@ -1,10 +1,21 @@
 """What one run does, as the command that starts it hands it to the server process."""
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.config import NetworkConfig, ServerConfig
-from common.messages import Label
+from common.messages import Digest, Label, Lesson
 from server.rows import GUARD
+
+
+class Taught(BaseModel):
+    """Of a run that distils: the backbone that teaches, and the student as it begins."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: Digest
+    student: Digest
 
 
 class RunSettings(BaseModel):
@@ -16,6 +27,7 @@ class RunSettings(BaseModel):
     label: Label = "model"
     probe: bool = Field(default=True, description="report the base before the first round")
     local_rounds: int = Field(default=0, ge=0, description="report the local-only baseline")
+    taught: Taught | None = Field(default=None, description="None: the backbone itself is aligned")
 
     @field_validator("label")
     @classmethod
@@ -23,6 +35,38 @@ class RunSettings(BaseModel):
         if label in ("probe", "local", GUARD):
             raise ValueError(f"'{label}' names a baseline; choose another label")
         return label
+
+    @model_validator(mode="after")
+    def _a_student_is_no_transformer(self) -> Self:
+        """What only a transformer can do is not asked of a student."""
+        if self.taught is None:
+            return self
+        train = self.config.train
+        faults = {
+            f"train.trainable = '{train.trainable}' (it is 'full')": train.trainable != "full",
+            "train.dal_weight (it has no heads to align)": train.dal_weight > 0,
+            "train.proximal": train.proximal > 0,
+            "plan.prune_heads, prune_macs or targets": self.config.plan.prunes,
+            "a local-only baseline": self.local_rounds > 0,
+            "no probe, by which farms get the teacher": not self.probe,
+        }
+        found = [what for what, wrong in faults.items() if wrong]
+        if found:
+            raise ValueError(f"a run that distils cannot have {', '.join(found)}")
+        return self
+
+    @property
+    def lesson(self) -> Lesson | None:
+        """What farms are told of the teacher; None where there is none."""
+        if self.taught is None:
+            return None
+        terms = self.config.distil
+        return Lesson(
+            teacher=self.taught.teacher,
+            temperature=terms.temperature,
+            alpha=terms.alpha,
+            beta=terms.beta,
+        )
 
     def are_those_of(self, stored: str) -> bool:
         """Whether a run with these settings is the one with the stored ones, so that it goes on.

@@ -138,7 +138,7 @@ class Story(Chapter):
     neurons_kept: tuple[Ratio, ...] = Field(description="share of MLP neurons kept, by block")
     heads_kept_ratio: Ratio
     macs_ratio: Ratio
-    params_ratio: Ratio
+    params_ratio: float = Field(ge=0, allow_inf_nan=False, description="may exceed 1 in a student")
     macs: Count = Field(description="multiply-accumulates per image of the final backbone")
     params: Count = Field(description="parameters of the final backbone")
     seconds: Seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 from common import backbone
 from common.mask import Mask
-from common.spec import ModelSpec
+from common.spec import ModelSpec, spec_of_text
 from server.cuts import cuts
 from server.models import Models
 from server.privacy import combined, finite
@@ -58,7 +58,7 @@ def summarise(
     final = candidates[max(candidates)] if candidates else None
     mask = Mask.from_json(store.last_mask(last))
     lines = _lines(reports, _final_label(reports, last), species or {})
-    spec = ModelSpec.from_json(final.spec_json) if final else dense
+    spec = _shape(final, dense)
     dense_model = backbone.build(dense)
     return Story(
         title=title,
@@ -72,15 +72,21 @@ def summarise(
             kept / all_ for kept, all_ in zip(spec.neurons, dense.neurons, strict=True)
         ),
         heads_kept_ratio=mask.heads_kept_ratio,
-        macs_ratio=backbone.macs(spec) / backbone.macs(dense),
+        macs_ratio=(final.macs if final else backbone.macs(dense)) / backbone.macs(dense),
         params_ratio=(final.params if final else backbone.parameters(dense_model))
         / backbone.parameters(dense_model),
-        macs=backbone.macs(spec),
+        macs=final.macs if final else backbone.macs(dense),
         params=final.params if final else backbone.parameters(dense_model),
         seconds=sum(map(_seconds, rows)) if seconds is None else seconds,
         provenance=provenance,
         privacy=_privacy(store, runs),
     )
+
+
+def _shape(final: CandidateRow | None, dense: ModelSpec) -> ModelSpec:
+    """What is left of the backbone; a run that distils takes nothing from its teacher."""
+    spec = spec_of_text(final.spec_json) if final else dense
+    return spec if isinstance(spec, ModelSpec) else dense
 
 
 def _privacy(store: Store, runs: Sequence[int]) -> PrivacyLine | None:

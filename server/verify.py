@@ -8,7 +8,7 @@ from common import codec
 from common.errors import ProtocolError, RejectReason
 from common.messages import AlignReply, Array, EvaluateReply
 from common.scores import decode_neurons
-from common.spec import ModelSpec
+from common.spec import ModelSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Expected:
     """What an aligned update must look like.
 
     Attributes:
-        spec: the backbone it stands on.
+        spec: the backbone, or student, it stands on.
         count: numbers in the trainable set.
         rank: of its factors, or 0.
         scored: whether scores were asked for.
         limit_bytes: largest update taken.
     """
 
-    spec: ModelSpec
+    spec: Spec
     count: int
     rank: int
     scored: bool
@@ -86,6 +86,7 @@ def check_align(reply: AlignReply, asked: Asked, expected: Expected) -> None:
     codec.check(reply.update, base=asked.base, count=expected.count, rank=expected.rank)
     if not expected.scored:
         return
+    assert isinstance(expected.spec, ModelSpec)  # nobody asks for the scores of a student
     heads = sum(expected.spec.heads)
     _check_floats("head_importance", reply.head_importance, heads)
     _check_floats("head_mmd2", reply.head_mmd2, heads)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from client.bench import measured
-from client.distil import Student
 from client.subjects import opened
 from common import backbone
 from common.export import exported
 from common.int8 import quantised
 from common.spec import ModelSpec
+from common.student import Student
 from tests.benchmarks.cells import Cell
 from tests.benchmarks.edge_runs import SIDE, Scale
 

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import numpy as np
 
-from client.distil import DistilConfig, Student, portable_student, teach
+from client.distil import DistilConfig, portable_student, teach
 from client.portable import calibrated
 from client.served import About
 from client.serving import Bundle
@@ -23,6 +23,7 @@ from common.backbone import parameters
 from common.cost import cost_of
 from common.export import exported
 from common.manifest import Manifest
+from common.student import Student
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells
 from tests.benchmarks.edge_runs import MODEL, SIDE, Scale, farm_folder, folder_of, judged, run

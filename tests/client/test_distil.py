@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from client.cli import app
-from client.distil import DistilConfig, Student, portable_student, teach
+from client.distil import DistilConfig, portable_student, teach
 from client.infer import Classifier
 from client.portable import calibrated
 from client.serving import Bundle, Serving
@@ -19,6 +19,7 @@ from common.distil import map_distance
 from common.errors import ModelError
 from common.images import FarmFolder, open_folder
 from common.spec import ModelSpec
+from common.student import Student
 from server.registry import Registry
 from tests.lab.bundles import about, serve
 from tests.lab.network import draw_folder

@@ -26,8 +26,8 @@ def test_a_farm_does_all_that_it_was_asked(number: int, tmp_path: Path) -> None:
     whole = next(one for one in requests if getattr(one, "body_kind", "") == "full")
     for request in requests:
         shape = golden.shape_of(request)
-        if shape.endswith("large"):
-            continue  # so many zeros are no backbone
+        if shape.endswith("large") or "student" in shape:
+            continue  # so many zeros are no backbone, and no student is small enough to be kept
         place = state
         if shape == "align chain":  # for a farm that skipped all rounds
             place = tmp_path / "other"

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from client.align import Aligned, align
-from client.teacher import Teacher, lesson
+from client.teacher import Teacher, teaching
 from common.backbone import build, dense_spec
 from common.config import TrainConfig
 from common.images import FarmFolder, open_folder
@@ -41,6 +41,11 @@ def model_of(seed: int = 0) -> tuple[VisionTransformer, nn.Linear]:
         return build(SPEC), nn.Linear(SPEC.width, 3)
 
 
+def teacher_of(seed: int = 1) -> Teacher:
+    model, classifier = model_of(seed)
+    return Teacher(model, SPEC, classifier)
+
+
 def learn(folder: FarmFolder, teacher: Teacher | None, **settings: Any) -> Aligned:
     model, classifier = model_of()
     smaller, spec = prune(model, SPEC, KEEP)
@@ -52,7 +57,7 @@ def learn(folder: FarmFolder, teacher: Teacher | None, **settings: Any) -> Align
 def test_the_lesson_is_the_softened_divergence_and_its_gradient() -> None:
     """By numbers: d/ds of T^2 KL(p_t || p_s) is T (p_s - p_t) over the images."""
     model, classifier = model_of()
-    teacher = Teacher(*model_of(1))
+    teacher = teacher_of()
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     held: list[Tensor] = []
 
@@ -61,7 +66,7 @@ def test_the_lesson_is_the_softened_divergence_and_its_gradient() -> None:
         held.append(said)
 
     classifier.register_forward_hook(hold)
-    with lesson(model, classifier, teacher, weight=0.7, temperature=3.0, autocast=False) as loss:
+    with teaching(model, classifier, teacher, weight=0.7, temperature=3.0, autocast=False) as loss:
         model(images)
         value = loss()
     value.backward()  # type: ignore[no-untyped-call]
@@ -82,11 +87,11 @@ def test_the_lesson_is_the_softened_divergence_and_its_gradient() -> None:
 
 def test_a_teacher_draws_no_random_numbers_and_hears_what_the_student_sees() -> None:
     model, classifier = model_of()
-    teacher = Teacher(model_of(1)[0].train(), classifier)
+    teacher = Teacher(model_of(1)[0].train(), SPEC, classifier)
     heard: list[Tensor] = []
     teacher.model.register_forward_pre_hook(lambda _module, inputs: heard.append(inputs[0]))
     images = torch.zeros(2, 3, 32, 32)
-    with lesson(model, classifier, teacher, weight=1.0, temperature=2.0, autocast=False) as loss:
+    with teaching(model, classifier, teacher, weight=1.0, temperature=2.0, autocast=False) as loss:
         model(images)
         state = torch.random.get_rng_state()
         loss()
@@ -97,14 +102,14 @@ def test_a_teacher_draws_no_random_numbers_and_hears_what_the_student_sees() -> 
 
 def test_weight_nought_changes_not_one_bit(folder: FarmFolder) -> None:
     none = learn(folder, None)
-    off = learn(folder, Teacher(*model_of()), self_distil=0.0)
+    off = learn(folder, teacher_of(0), self_distil=0.0)
     assert np.array_equal(none.delta, off.delta)
     assert none.loss == off.loss
 
 
 def test_a_student_comes_nearer_to_its_teacher(folder: FarmFolder) -> None:
     images = torch.cat([images for images, _ in folder.fit.batches(SPEC, 64)])
-    teacher = Teacher(*model_of(1))
+    teacher = teacher_of()
 
     def apart(weight: float) -> float:
         model, classifier = model_of()
@@ -125,7 +130,7 @@ def test_a_student_comes_nearer_to_its_teacher(folder: FarmFolder) -> None:
 
 
 def test_the_same_seed_gives_the_same_lesson(folder: FarmFolder) -> None:
-    one, two = (learn(folder, Teacher(*model_of(1)), **TAUGHT) for _ in range(2))
+    one, two = (learn(folder, teacher_of(), **TAUGHT) for _ in range(2))
     assert np.array_equal(one.delta, two.delta)
     assert not np.array_equal(one.delta, learn(folder, None).delta)
 

@@ -189,3 +189,17 @@ def test_a_reply_leaves_out_what_is_newer_but_not_a_value(monkeypatch: pytest.Mo
     assert '"held"' not in str(to_record(spoken(reply, OLD))["message"]["json"])
     with pytest.raises(ProtocolError, match="has no 'farm' = 'oak'"):
         spoken(HelloReply(farm="oak", examples=3, classes=2), OLD)
+
+
+def test_an_older_farm_is_not_asked_to_teach_a_student() -> None:
+    student = EvaluateRequest(**WORK, label="student", base_kind="student")
+    taught = AlignRequest(**WORK, base_kind="student", lesson={"teacher": DIGEST})
+    alone = AlignRequest(**WORK, lesson={"teacher": DIGEST})
+    for request, lacks in ((student, "base_kind"), (taught, "base_kind"), (alone, "lesson")):
+        assert from_record(to_record(request)) == request
+        assert from_parts(*to_parts(request)) == request
+        with pytest.raises(ProtocolError, match=f"protocol 3 has no '{lacks}'"):
+            spoken(request, 3)
+    assert protocols.has("align", "lesson", 4)
+    assert not protocols.has("align", "lesson", 3)
+    assert protocols.has("align", "privacy", 3)

@@ -27,6 +27,7 @@ from common.messages import (
     AlignRequest,
     EvaluateRequest,
     HelloRequest,
+    Lesson,
     Refusal,
     Reply,
     Request,
@@ -182,6 +183,10 @@ def _others(asked: list[AlignRequest], server: Path) -> Iterator[Request | Reply
     private = {"clip": 0.5, "noise": 1.0, "score_noise": 1.0}
     yield AlignRequest(**{**fields, **plain, "privacy": private})
     yield AlignRequest(**{**fields, "body_kind": "full", "body": np.zeros(LARGE, np.uint8)})
+    taught = {**fields, **plain, "base_kind": "student", "base": last.mask, "criterion": None}
+    yield AlignRequest(**{**taught, "lesson": Lesson(teacher=last.base, beta=0.5)})
+    of_report = {name: taught[name] for name in EvaluateRequest.model_fields if name in taught}
+    yield EvaluateRequest(**{**of_report, "kind": "evaluate", "label": "student"})
     yield Refusal(reason="missing_base", detail="this farm holds no such backbone")
 
 
@@ -190,9 +195,10 @@ def shape_of(message: Request | Reply) -> str:
     words: list[str] = [message.kind]
     if isinstance(message, AlignRequest | EvaluateRequest):
         words.append(message.body_kind)
+        words += ["student"] if message.base_kind == "student" else []
         words += ["large"] if message.body is not None and len(message.body) == LARGE else []
     if isinstance(message, AlignRequest):
-        parts = ("anchors", "criterion", "privacy")
+        parts = ("anchors", "criterion", "privacy", "lesson")
         words += [name for name in parts if getattr(message, name) is not None]
     if isinstance(message, AlignReply) and message.head_importance is not None:
         words.append("scores")

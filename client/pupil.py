@@ -1,0 +1,76 @@
+"""The student that farms have taught together, made ready with what is this farm's alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from client.lesson import calibration_batches
+from client.portable import joined
+from client.shadow import best_temperature, sure_from
+from client.state import FarmState
+from common import fit
+from common.errors import StateError
+from common.export import exported
+from common.images import FarmFolder
+from common.portable import PortableAbout, PortableBundle
+from common.spec import StudentSpec
+from common.student import Student, recalibrate
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A student as a bundle, and how often it is right on the decide part."""
+
+    bundle: PortableBundle
+    name: str
+    digest: str
+    accuracy: float
+
+
+def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
+    """The newest student with statistics, classifier and calibration of a farm's own images.
+
+    Args:
+        state: of the farm.
+        folder: its images.
+        version: that the bundle names, of what the device serves with beside it.
+
+    Raises:
+        StateError: the farm has taught none yet.
+        DataError: images cannot be read.
+        ModelError: ONNX Runtime says something else.
+    """
+    digest, student, spec = _newest(state)
+    recalibrate(student, calibration_batches(folder.fit, spec))
+    classifier = state.load_classifier(digest)
+    if classifier is None or classifier.out_features != len(folder.classes):
+        features, labels = fit.extract(student, folder.fit, spec)
+        classifier = fit.fit_classifier(features, labels, len(folder.classes))
+    features, labels = fit.extract(student, folder.decide, spec)
+    with torch.inference_mode():
+        logits = classifier(features)
+    temperature = best_temperature(logits, labels)
+    about = PortableAbout(
+        version=version,
+        backbone=spec.name,
+        width=spec.width,
+        image_size=spec.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        classes=folder.classes,
+        temperature=temperature,
+        threshold=sure_from(logits / temperature, labels),
+    )
+    bundle = joined(about, student, exported(student, spec.image_size), classifier)
+    return Made(bundle, spec.name, digest, fit.evaluate_logits(logits, labels).accuracy)
+
+
+def _newest(state: FarmState) -> tuple[str, Student, StudentSpec]:
+    for digest in state.students():
+        held = state.load_student(digest)
+        if held is not None:
+            return digest, *held
+    raise StateError(
+        "this farm has taught no student yet; the server's operator begins with: "
+        "fieldfed-server distil"
+    )
