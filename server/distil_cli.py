@@ -22,8 +22,10 @@ Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml a
 )
 def distil(
     folder: Folder,
-    student: Annotated[str | None, typer.Option(help="timm network, instead of [distil]'s")] = None,
-    rounds: Annotated[int | None, typer.Option(help="instead of [distil]'s")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="a timm network; default: the settings'")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="default: the settings'")] = None,
     teacher_run: Annotated[
         int | None, typer.Option("--teacher", help="run whose backbone teaches; default: the last")
     ] = None,

@@ -136,11 +136,11 @@ class Facts(Figures):
             return []
         accuracy = self._accuracies(run, rows[0].round)
         points: list[RoundPoint] = []
-        before = (1.0, 1.0)
+        before, cuts = (1.0, 1.0), not self.teaches(run)
         for row in rows:
             now = (row.heads_kept_ratio or 1.0, row.macs_ratio or 1.0)
             known = bool(points) or row.round == 1  # what was before the first that is shown
-            cut = known and (now[0] < before[0] or now[1] < before[1])
+            cut = cuts and known and (now[0] < before[0] or now[1] < before[1])
             event = f"pruned to {100 * now[0]:.0f} % of heads, {100 * now[1]:.0f} % of MACs"
             points.append(
                 RoundPoint(

@@ -7,6 +7,7 @@ committed round. Other processes (status, page) open the file read-only while th
 """
 
 import hashlib
+import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,10 @@ class Store(Records):
     def runs(self) -> list[RunRow]:
         """All runs, oldest first."""
         return self._all(RunRow, _RUNS, None)
+
+    def teaches(self, run: int) -> bool:
+        """Whether farms teach a student in a run, so that nothing is cut (server/distil.py)."""
+        return json.loads(self.run(run).config_json).get("taught") is not None
 
     def tau(self, run: int) -> float | None:
         """The frozen invariance scale; None before the first score round."""

@@ -158,7 +158,7 @@ def _mean(lines: Sequence[FarmLine]) -> FarmLine:
 
 def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -> list[RoundPoint]:
     traffic, link = store.traffic(run.run), store.link_bytes(run.run)
-    points = [_before(traffic, link)]
+    points, cuts = [_before(traffic, link)], not store.teaches(run.run)
     heads = 1.0
     for row in store.rounds(run.run):
         if row.kind != "align" or row.state != "committed" or row.round not in candidates:
@@ -176,7 +176,7 @@ def _points(store: Store, run: RunRow, candidates: Mapping[int, CandidateRow]) -
                 },
                 **_sizes(mine, [b for b in link if b.round == row.round and b.kind == "align"]),
                 seconds=_round_seconds(row),
-                event=_event(row, heads, points[-1].macs_ratio),
+                event=_event(row, heads, points[-1].macs_ratio) if cuts else None,
             )
         )
         heads = kept

@@ -17,6 +17,7 @@ from common.messages import (
     EvaluateRequest,
     HelloReply,
     HelloRequest,
+    Lesson,
     Refusal,
     from_parts,
     spoken,
@@ -193,8 +194,8 @@ def test_a_reply_leaves_out_what_is_newer_but_not_a_value(monkeypatch: pytest.Mo
 
 def test_an_older_farm_is_not_asked_to_teach_a_student() -> None:
     student = EvaluateRequest(**WORK, label="student", base_kind="student")
-    taught = AlignRequest(**WORK, base_kind="student", lesson={"teacher": DIGEST})
-    alone = AlignRequest(**WORK, lesson={"teacher": DIGEST})
+    taught = AlignRequest(**WORK, base_kind="student", lesson=Lesson(teacher=DIGEST))
+    alone = AlignRequest(**WORK, lesson=Lesson(teacher=DIGEST))
     for request, lacks in ((student, "base_kind"), (taught, "base_kind"), (alone, "lesson")):
         assert from_record(to_record(request)) == request
         assert from_parts(*to_parts(request)) == request

@@ -38,6 +38,7 @@ from common.trainable import trainable_set
 from server.centre import run_centre
 from server.cli import app
 from server.distil import last_student, last_teacher, lesson_settings, write_student
+from server.facts import Facts, planned_rounds
 from server.models import Models
 from server.provenance import provenance
 from server.publish import publish_run
@@ -282,7 +283,7 @@ def test_it_is_written_under_the_names_of_timm_and_as_a_graph(
     about = write_student(school.config, Models(school.server_dir), found, tmp_path)
     assert json.loads((tmp_path / "student.json").read_text()) == about
     assert about["student"] == school.students()[-1]
-    network = timm.create_model(STUDENT, pretrained=False, num_classes=0).eval()
+    network: Any = timm.create_model(STUDENT, pretrained=False, num_classes=0).eval()
     network.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert not torch.equal(network.bn1.running_mean, torch.zeros_like(network.bn1.running_mean))
     images = torch.randn(2, 3, 32, 32)
@@ -290,6 +291,13 @@ def test_it_is_written_under_the_names_of_timm_and_as_a_graph(
         expected = network(images).numpy()
     graph = (tmp_path / "model-fp32.onnx").read_bytes()
     np.testing.assert_allclose(Runtime(graph).features(images.numpy()), expected, atol=1e-4)
+
+
+def test_the_page_shows_it_and_says_of_no_cut(school: School) -> None:
+    with Facts.open(school.server_dir / "fieldfed.db", read_only=True) as facts:
+        points = facts.points(2)
+        assert [(point.round, point.event) for point in points] == [(1, None), (2, None)]
+        assert planned_rounds(facts.run(2)) == 2
 
 
 def test_without_source_images_it_has_no_statistics(school: School, tmp_path: Path) -> None:
@@ -314,6 +322,7 @@ def test_status_and_report_tell_of_it_and_the_registry_does_not_take_it(
         story = summarise(store, models, [2], title="T", provenance=provenance("none", 0))
         assert story.macs == store.candidates(2)[2].macs
         assert story.macs_ratio < 0.5
+        assert not any(point.event for point in story.rounds), "nothing was pruned"
         with (
             Registry.create(tmp_path, "valley") as registry,
             pytest.raises(ConfigError, match="run 2 has taught a student"),
