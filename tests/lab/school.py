@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from common.config import PrivacyConfig
 from common.lesson import StudentConfig
 from server.distil import last_teacher, lesson_settings
 from server.models import Models
@@ -24,10 +25,11 @@ class School(Lab):
         super().__init__(root, count, chosen, rounds=1)
         self.run()
 
-    def lesson(self, **terms: Any) -> RunSettings:
+    def lesson(self, privacy: PrivacyConfig | None = None, **terms: Any) -> RunSettings:
         """The settings of a run that distils."""
         wanted = {"name": STUDENT, "rounds": 2, "epochs": 1, **terms}
-        config = self.config.model_copy(update={"distil": StudentConfig(**wanted)})
+        changes = {"distil": StudentConfig(**wanted), "privacy": privacy}
+        config = self.config.model_copy(update=changes)
         models = Models(self.server_dir)
         with self.store() as store:
             teacher = last_teacher(store)

@@ -20,7 +20,7 @@ from client.pupil import portable_pupil
 from client.state import FarmState
 from common import backbone, codec
 from common.compress import expand
-from common.config import RoundConfig, ServerConfig, TrainConfig
+from common.config import PrivacyConfig, RoundConfig, ServerConfig, TrainConfig
 from common.errors import ConfigError, ModelError, RejectReason, StateError
 from common.images import Purpose, open_folder
 from common.messages import (
@@ -270,6 +270,23 @@ def test_bad_replies_are_put_into_quarantine(tmp_path: Path) -> None:
         reasons = {row.node: row.reason for row in store.rejections(2)}
         assert [row.farm for row in store.replies(2, 1)] == ["farm0"]
     assert reasons == {2: RejectReason.SHAPE, 3: RejectReason.NOT_FINITE}
+
+
+def test_updates_are_clipped_and_noised_as_any(tmp_path: Path) -> None:
+    school, quiet, noisy = School(tmp_path, 2), Heard(), Heard()
+    clip = 0.05
+    school.play(school.lesson(PrivacyConfig(clip=clip), rounds=1), quiet)
+    school.play(school.lesson(PrivacyConfig(clip=clip, noise=1.0), rounds=1), noisy)
+    lengths = []
+    for heard in (quiet, noisy):
+        update = expand(heard.aligned[0].update, LIMIT)
+        header = codec.read_header(update)
+        values = codec.decode(update, base=heard.aligned[0].base, count=header.count)
+        lengths.append(float(np.linalg.norm(values)))
+        assert heard.aligned[0].loss == 0, "nothing depends on it, so it is kept back"
+    assert lengths[0] == pytest.approx(clip, rel=0.05)
+    assert lengths[1] > 0.5 * clip * np.sqrt(header.count)
+    assert snapshot(school.server_dir)["privacy"] is not None
 
 
 # --- what an operator gets -----------------------------------------------------------------------
