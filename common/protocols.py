@@ -26,7 +26,7 @@ from common.errors import ProtocolError, RejectReason
 
 SCHEMAS: Mapping[int, str] = {
     3: "f9542a2e3c709240db357ad3f49aa8bde6c21f32720fcac16b88351c9de17e32",
-    4: "0",
+    4: "8339953da1704bdd80bdcc5f96862cc0599774c3a566b39bb145015c5482336b",
 }
 """The protocols spoken; sha256 of what tests/common/golden/protocol-N/schema.json says of each."""
 
