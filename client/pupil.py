@@ -42,8 +42,8 @@ def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
     """
     digest, student, spec = _newest(state)
     recalibrate(student, calibration_batches(folder.fit, spec))
-    classifier = state.load_classifier(digest)
-    if classifier is None or classifier.out_features != len(folder.classes):
+    classifier = state.load_classifier(digest, len(folder.classes))
+    if classifier is None:
         features, labels = fit.extract(student, folder.fit, spec)
         classifier = fit.fit_classifier(features, labels, len(folder.classes))
     features, labels = fit.extract(student, folder.decide, spec)

@@ -18,9 +18,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -82,18 +83,10 @@ class FarmState:
         With ``touch`` it is the newest from now on.
         """
         path = self._backbone_path(digest)
-        try:
-            model, spec = backbone.load_backbone(path)
-        except ModelError:
-            path.unlink(missing_ok=True)
-            return None
-        if backbone.digest(model, spec) != digest:
-            log.warning("backbone %s on disk is damaged; it will be fetched again", digest[:12])
-            path.unlink(missing_ok=True)
-            return None
-        if touch:
+        held = _read(path, digest, backbone.unpack)
+        if held is not None and touch:
             os.utime(path)
-        return model, spec
+        return held
 
     def save_backbone(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
         """Keep a backbone and throw the oldest away, but for the one before the last cut.
@@ -121,19 +114,10 @@ class FarmState:
     def load_student(self, digest: str) -> tuple[Student, StudentSpec] | None:
         """The student with this digest, or None when it is absent or damaged."""
         path = self._student_path(digest)
-        try:
-            student, spec = unpack_student(path.read_bytes())
-        except OSError:
-            return None
-        except ModelError:
-            path.unlink(missing_ok=True)
-            return None
-        if backbone.digest(student, spec) != digest:
-            log.warning("student %s on disk is damaged; it will be fetched again", digest[:12])
-            path.unlink(missing_ok=True)
-            return None
-        os.utime(path)
-        return student, spec
+        held = _read(path, digest, unpack_student)
+        if held is not None:
+            os.utime(path)
+        return held
 
     def save_student(self, digest: str, student: Student, spec: StudentSpec) -> None:
         """Keep a student, and throw the oldest away with their classifiers."""
@@ -302,9 +286,29 @@ class FarmState:
         write_atomically(self.folder / "reports" / f"{label}.json", json.dumps(report).encode())
 
 
+_M = TypeVar("_M", VisionTransformer, Student)
+_S = TypeVar("_S", ModelSpec, StudentSpec)
 _NOTHING = {"nothing": np.zeros(1, np.uint8)}
 _BY_THEN = {"steps", "folded"}
 """What a request that is made again after a crash may say differently."""
+
+
+def _read(
+    path: Path, digest: str, unpack: Callable[[bytes], tuple[_M, _S]]
+) -> tuple[_M, _S] | None:
+    """What lies under a digest, or None when it is absent, or damaged and so removed."""
+    try:
+        model, spec = unpack(path.read_bytes())
+    except OSError:
+        return None
+    except ModelError:
+        path.unlink(missing_ok=True)
+        return None
+    if backbone.digest(model, spec) != digest:
+        log.warning("%s on disk is damaged; it will be fetched again", digest[:12])
+        path.unlink(missing_ok=True)
+        return None
+    return model, spec
 
 
 def _asked(request: Work) -> str:
