@@ -41,6 +41,7 @@ from common.errors import DiagnosisError
 from common.greeting import greet
 from common.membership import Membership
 from common.processes import free_port
+from common.protocols import PROTOCOL
 from server.identity import Authority
 from server.members import member_of
 from server.registry import STABLE, Registry
@@ -505,14 +506,16 @@ def test_a_door_before_nothing(patient: Patient) -> None:
     assert "fieldfed-server doctor" in found["SuperLink"].do
 
 
-@pytest.mark.parametrize(("number", "where"), [(4, "on this farm"), (2, "on the server")])
+@pytest.mark.parametrize(
+    ("number", "where"), [(PROTOCOL + 1, "on this farm"), (PROTOCOL - 1, "on the server")]
+)
 def test_a_server_of_another_protocol(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
     monkeypatch.setattr(server.passage, "PROTOCOL", number)
     found = patient.faults()
     assert list(found) == ["protocol"]
-    assert f"speaks protocol {number}, this farm 3" in found["protocol"].found
+    assert f"speaks protocol {number}, this farm {PROTOCOL}" in found["protocol"].found
     assert f"install the newer fieldfed {where}" in found["protocol"].do
 
 

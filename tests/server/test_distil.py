@@ -22,6 +22,7 @@ from common import backbone, codec
 from common.compress import expand
 from common.config import PrivacyConfig, RoundConfig, ServerConfig, TrainConfig
 from common.errors import ConfigError, ModelError, RejectReason, StateError
+from common.export import TOLERANCE
 from common.images import Purpose, open_folder
 from common.messages import (
     AlignReply,
@@ -303,11 +304,12 @@ def test_it_is_written_under_the_names_of_timm_and_as_a_graph(
     network: Any = timm.create_model(STUDENT, pretrained=False, num_classes=0).eval()
     network.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert not torch.equal(network.bn1.running_mean, torch.zeros_like(network.bn1.running_mean))
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = network(images).numpy()
     graph = (tmp_path / "model-fp32.onnx").read_bytes()
-    np.testing.assert_allclose(Runtime(graph).features(images.numpy()), expected, atol=1e-4)
+    worst = np.abs(Runtime(graph).features(images.numpy()) - expected).max()
+    assert worst <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
 
 
 def test_the_page_shows_it_and_says_of_no_cut(school: School) -> None:
