@@ -156,6 +156,9 @@ def _prepare(stage: Stage) -> list[str]:
     options = stage.options
     for name in ("server", "farms"):
         replace_folder(options.out / name)
+    unwanted = options.out / ".gitignore"
+    if not unwanted.exists():
+        write_atomically(unwanted, b"*\n")  # a run is no source, wherever it is written
     if options.drawn:
         stage.say("drawing plants ...")
         draw_dataset(stage.data, seed=options.seed)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from common.config import ServerConfig
 from common.errors import ConfigError
-from server.demo import DRAWN_BACKBONE, DemoOptions, Stage, _settings
+from server.demo import DRAWN_BACKBONE, DemoOptions, Stage, _prepare, _settings
 from server.provenance import provenance
 
 
@@ -86,3 +86,13 @@ def test_a_result_says_which_settings_were_not_the_defaults(data: Path) -> None:
     assert told["rounds"] == {"min_farms": 3, "max_in_flight": 4}
     assert "server" not in told
     assert provenance("test", 0).settings == {}
+
+
+def test_what_a_run_writes_is_nothing_that_git_would_take(data: Path, tmp_path: Path) -> None:
+    (data / "farms" / "oak").mkdir(parents=True)
+    for out, before in ((tmp_path / "mine", None), (tmp_path / "project", "build/\n")):
+        out.mkdir()
+        if before is not None:
+            (out / ".gitignore").write_text(before)
+        _prepare(Stage(DemoOptions(out=out, data=data), Console(quiet=True)))
+        assert (out / ".gitignore").read_text() == (before or "*\n")
