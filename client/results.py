@@ -20,8 +20,17 @@ log = logging.getLogger(__name__)
 MARK = "results"
 MOST = 50
 """Handed on at a time: each is written to the disk for good."""
+HEAD = 4096
+"""Bytes that tell a file from the next with its inode: numbers, of which none comes again."""
 
 Put = Callable[[Result, int], object]
+
+
+class _File(NamedTuple):
+    """Which file it is: the system gives the inode of one that is gone to the next."""
+
+    inode: int
+    head: bytes
 
 
 class Numbered(NamedTuple):
@@ -42,7 +51,7 @@ class Results:
 
     def __init__(self, path: Path, put: Put, after: int) -> None:
         self._path, self._put, self._after = path, put, after
-        self._places: dict[int, int] = {}
+        self._places: dict[_File, int] = {}
 
     def hand_on(self) -> bool:
         """Put what is new, as far as it goes in a short time; returns whether more waits.
@@ -54,29 +63,28 @@ class Results:
         with ExitStack() as stack:
             files = self._open(stack)
             self._places = {one: self._places.get(one, 0) for one in files}
-            for inode, file in files.items():
-                left -= self._read(inode, file, left)
+            for which, file in files.items():
+                left -= self._read(which, file, left)
                 if left <= 0:
                     return True
         return False
 
-    def _open(self, stack: ExitStack) -> dict[int, IO[bytes]]:
-        """The older file and the newer one, by inode; the newer may become the older meanwhile."""
-        files: dict[int, IO[bytes]] = {}
+    def _open(self, stack: ExitStack) -> dict[_File, IO[bytes]]:
+        """The older file and the newer one; the newer may become the older meanwhile."""
+        files: dict[_File, IO[bytes]] = {}
         for path in (self._path, self._path.with_name(f"{self._path.stem}.1{self._path.suffix}")):
             try:
                 file = stack.enter_context(path.open("rb"))
             except FileNotFoundError:
                 continue
-            files[os.fstat(file.fileno()).st_ino] = file
+            files[_File(os.fstat(file.fileno()).st_ino, file.read(HEAD))] = file
         return dict(reversed(files.items()))
 
-    def _read(self, inode: int, file: IO[bytes], most: int) -> int:
+    def _read(self, which: _File, file: IO[bytes], most: int) -> int:
         """Put what is new in a file; returns how many were."""
-        size, place = os.fstat(file.fileno()).st_size, self._places[inode]
-        if size == place:
+        place = self._places[which]
+        if os.fstat(file.fileno()).st_size == place:
             return 0
-        place = 0 if size < place else place  # another file that got the same inode
         file.seek(place)
         # lines outlive a power cut before what is made of them does: else they would come again
         os.fsync(file.fileno())
@@ -90,7 +98,7 @@ class Results:
                     count += 1
                 self._after = line.number
             place += len(raw)
-            self._places[inode] = place
+            self._places[which] = place
         return count
 
 

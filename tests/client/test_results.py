@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import client.results
@@ -148,6 +148,7 @@ STEPS = st.sampled_from(
 
 @settings(deadline=None, max_examples=200)
 @given(steps=st.lists(STEPS, max_size=60), most=st.integers(1, 5))
+@example(steps=["write", "rotate", "write", "rotate", "write"], most=1).via("an inode comes again")
 def test_whatever_happens_each_line_is_handed_on_once(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], most: int
 ) -> None:

@@ -28,6 +28,7 @@ from common.protocols import PROTOCOL
 from server.launch import Network, run_status, serve
 from tests.system.conftest import FARMS, ROOT, Plant, start_plant, write_bundle
 from tests.system.proxy import PREFIX, Exchange
+from tests.system.site import words
 from tests.system.traffic import SCHEMA, LeakError, inspect
 from tests.waiting import wait_until
 
@@ -241,7 +242,7 @@ def test_ctrl_c_during_a_run_leaves_no_process(
         working = "alpha/logs/clientapp.log"
         wait_until(lambda: "Start `flwr-clientapp`" in plant.log("alpha", "clientapp"), 60, working)
         processes = [p for child in plant.launchers for p in child.observe()]
-        names = " ".join(" ".join(p.cmdline()) for p in processes if p.is_running())
+        names = " ".join(map(words, processes))
         for name in ("superlink", "superexec", "supernode", "client.executor", "server.app"):
             assert name in names
         for child in plant.launchers:
@@ -254,9 +255,7 @@ def test_ctrl_c_during_a_run_leaves_no_process(
 
 
 def test_a_dead_superlink_is_started_again(plant: Plant, honest: Honest) -> None:
-    superlink = next(
-        p for p in plant.server.observe() if any("flower-superlink" in part for part in p.cmdline())
-    )
+    superlink = next(p for p in plant.server.observe() if "flower-superlink" in words(p))
     superlink.kill()
     restarted = "superlink started again"
     wait_until(lambda: restarted in plant.server.log_file.read_text(), 30, restarted)
@@ -277,7 +276,7 @@ def test_requests_are_answered_with_and_without_an_executor(
 
 def _executor(plant: Plant) -> psutil.Process:
     """The parent of those that answer for alpha."""
-    found = [p for p in plant.farms["alpha"].observe() if "client.executor" in str(p.cmdline())]
+    found = [p for p in plant.farms["alpha"].observe() if "client.executor" in words(p)]
     return min(found, key=lambda process: process.create_time())
 
 
