@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from client.state import FarmState
 from client.teacher import Asked, keep_teacher
-from common import backbone, codec
+from common import backbone, codec, fit
 from common.catchup import replace, steps_of
 from common.compress import expand
 from common.errors import FieldfedError, ModelError, ProtocolError
+from common.images import FarmFolder
 from common.networks import Network
 from common.spec import ModelSpec, Spec, StudentSpec
 from common.step import MAX_BYTES, Step, most_bytes
@@ -45,6 +47,15 @@ class Base:
 
 _M = TypeVar("_M", VisionTransformer, Student)
 _S = TypeVar("_S", ModelSpec, StudentSpec)
+
+
+def classifier_of(state: FarmState, folder: FarmFolder, base: Base) -> nn.Linear:
+    """The classifier that the farm keeps for a network, or one fitted now, which is not kept."""
+    kept = state.load_classifier(base.digest, len(folder.classes))
+    if kept is not None:
+        return kept
+    features = fit.extract(base.model, folder.fit, base.spec)
+    return fit.fit_classifier(*features, len(folder.classes))
 
 
 @dataclass(frozen=True)

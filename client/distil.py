@@ -100,7 +100,7 @@ def teach(
             trainable=[name for name, _ in student.named_parameters()],
             seed=config.seed,
             autocast=autocast,
-            penalty=heeding(stack, config, asked, student, classifier),
+            penalty=heeding(stack, config, asked, student, classifier, autocast=autocast),
             epochs=config.epochs,
             on_step=look,
         )

@@ -6,15 +6,14 @@ The teacher answers every augmented image that the student has just seen, with t
 the farm has fitted to it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from client.align import Aligned
-from client.teacher import Teacher
+from client.teacher import Teacher, teaching
 from common import distil
 from common.config import TrainConfig
 from common.fit import train_epochs
@@ -27,46 +26,43 @@ from common.trainable import trainable_set
 CALIBRATION_BATCH = 64
 
 
-class Heeding:
-    """alpha T^2 KL + beta |maps|^2 of the images that the student has just seen."""
-
-    def __init__(
-        self,
-        terms: Terms,
-        teacher: Teacher,
-        maps: Sequence[Tensor],
-        student: Student,
-        classifier: nn.Linear,
-    ) -> None:
-        self._terms, self._teacher, self._maps = terms, teacher, maps
-        self._student, self._classifier = student, classifier
-
-    def __call__(self) -> Tensor:
-        """What is added to the cross-entropy, a scalar."""
-        with torch.no_grad():
-            answers = self._teacher.classifier(self._teacher.model(self._student.images))
-        terms, said = self._terms, self._classifier(self._student.features.float())
-        total: Tensor = terms.alpha * distil.soft_answers(said, answers, terms.temperature)
-        if self._maps:
-            apart = distil.map_distance(self._student.map.float(), self._maps[0])
-            total = total + terms.beta * apart
-        return total
-
-
 def heeding(
-    stack: ExitStack, terms: Terms, teacher: Teacher, student: Student, classifier: nn.Linear
-) -> Heeding | None:
-    """What is added to the loss while the stack is open; None: of labels alone nobody is asked.
+    stack: ExitStack,
+    terms: Terms,
+    teacher: Teacher,
+    student: Student,
+    classifier: nn.Linear,
+    *,
+    autocast: bool,
+) -> Callable[[], Tensor] | None:
+    """Alpha T^2 KL + beta |maps|^2 of the images that the student has just seen, a scalar.
+
+    It is good while the stack is open. None: of labels alone nobody is asked.
 
     Raises:
         ModelError: the maps of a teacher that has none are to be heeded.
     """
     if terms.alpha == terms.beta == 0:
         return None
-    teacher.model.eval()
-    watched = distil.attention_map(teacher.model, teacher.spec)
-    maps = stack.enter_context(watched) if terms.beta > 0 else []
-    return Heeding(terms, teacher, maps, student, classifier)
+    soft = stack.enter_context(
+        teaching(
+            student,
+            classifier,
+            teacher,
+            weight=terms.alpha,
+            temperature=terms.temperature,
+            autocast=autocast,
+        )
+    )
+    if terms.beta == 0:
+        return soft
+    maps = stack.enter_context(distil.attention_map(teacher.model, teacher.spec))
+
+    def with_maps() -> Tensor:
+        total = soft()  # has the teacher look
+        return total + terms.beta * distil.map_distance(student.map.float(), maps[0].float())
+
+    return with_maps
 
 
 def be_taught(
@@ -112,7 +108,7 @@ def be_taught(
             trainable=chosen.layout.names,
             seed=seed,
             autocast=autocast,
-            penalty=heeding(stack, terms, teacher, student, classifier),
+            penalty=heeding(stack, terms, teacher, student, classifier, autocast=autocast),
             epochs=config.epochs,
             max_steps=max_steps,
         )

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
+from client.base import Base, classifier_of
 from client.criteria import Scoring, score
 from client.state import FarmState
-from common import backbone, fit
+from common import backbone
 from common.config import Criterion
 from common.errors import ConfigError, StateError
 from common.images import FarmFolder
@@ -125,14 +126,10 @@ def needs(
     digest, model, spec = _backbone(removals, state, dense)
     mask = removals.carried()[digest]
     criterion: Criterion = "l1gates" if removals.criterion == "l1gates" else "taylor"
-    classifier = state.load_classifier(digest, len(folder.classes))
-    if classifier is None:
-        features = fit.extract(model, folder.fit, spec)
-        classifier = fit.fit_classifier(*features, len(folder.classes))
     scoring = Scoring(
         model=model,
         spec=spec,
-        classifier=classifier,
+        classifier=classifier_of(state, folder, Base(model, spec, digest)),
         part=folder.fit,
         batch_size=BATCH,
         anchors=None,

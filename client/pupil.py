@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from client.base import Base, classifier_of
 from client.lesson import calibration_batches
 from client.portable import joined
 from client.shadow import best_temperature, sure_from
@@ -13,8 +14,7 @@ from common.errors import StateError
 from common.export import exported
 from common.images import FarmFolder
 from common.portable import PortableAbout, PortableBundle
-from common.spec import StudentSpec
-from common.student import Student, recalibrate
+from common.student import recalibrate
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,10 @@ def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
         DataError: images cannot be read.
         ModelError: ONNX Runtime says something else.
     """
-    digest, student, spec = _newest(state)
+    base = _newest(state)
+    student, spec = base.student()
     recalibrate(student, calibration_batches(folder.fit, spec))
-    classifier = state.load_classifier(digest, len(folder.classes))
-    if classifier is None:
-        features, labels = fit.extract(student, folder.fit, spec)
-        classifier = fit.fit_classifier(features, labels, len(folder.classes))
+    classifier = classifier_of(state, folder, base)
     features, labels = fit.extract(student, folder.decide, spec)
     with torch.inference_mode():
         logits = classifier(features)
@@ -62,14 +60,14 @@ def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
         threshold=sure_from(logits / temperature, labels),
     )
     bundle = joined(about, student, exported(student, spec.image_size), classifier)
-    return Made(bundle, spec.name, digest, fit.evaluate_logits(logits, labels).accuracy)
+    return Made(bundle, spec.name, base.digest, fit.evaluate_logits(logits, labels).accuracy)
 
 
-def _newest(state: FarmState) -> tuple[str, Student, StudentSpec]:
+def _newest(state: FarmState) -> Base:
     for digest in state.students():
         held = state.load_student(digest)
         if held is not None:
-            return digest, *held
+            return Base(*held, digest)
     raise StateError(
         "this farm has taught no student yet; the server's operator begins with: "
         "fieldfed-server distil"

@@ -84,7 +84,7 @@ def _say_once(state: FarmState, request: AlignRequest) -> None:
 
 @contextmanager
 def teaching(
-    model: VisionTransformer,
+    model: nn.Module,
     classifier: nn.Linear,
     teacher: Teacher,
     *,
@@ -95,7 +95,7 @@ def teaching(
     """A loss of the images that ``model`` has just seen: how far off the teacher's it answers.
 
     Args:
-        model: the student, watched until the block is left.
+        model: the student, images (B,3,S,S) -> features (B,C), watched until the block is left.
         classifier: the student's.
         teacher: answers in evaluation mode; it is left in it.
         weight: of the loss.

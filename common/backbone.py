@@ -7,10 +7,10 @@ Only plain timm transformers are taken (ViT, DeiT, DINOv2): blocks with one ``at
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import timm
@@ -33,6 +33,8 @@ from common.spec import ModelSpec, Spec, saved_spec
 from common.tensors import header_of
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 def dense_spec(name: str, image_size: int, options: dict[str, int] | None = None) -> ModelSpec:
@@ -292,10 +294,15 @@ def save_backbone(path: Path, model: VisionTransformer, spec: ModelSpec) -> None
 
 def load_backbone(path: Path) -> tuple[VisionTransformer, ModelSpec]:
     """Read what :func:`save_backbone` wrote; raises ModelError naming the file."""
+    return read_packed(path, unpack)
+
+
+def read_packed(path: Path, unpacked: Callable[[bytes], _T]) -> _T:
+    """What lies in a file; raises ModelError naming it."""
     if not path.is_file():
-        raise ModelError(f"no backbone at '{path}'")
+        raise ModelError(f"no model at '{path}'")
     try:
-        return unpack(path.read_bytes())
+        return unpacked(path.read_bytes())
     except ModelError as error:
         raise ModelError(f"'{path}': {error}") from error
 

@@ -25,12 +25,7 @@ def unpack(body: bytes) -> tuple[Network, Spec]:
 
 def load(path: Path) -> tuple[Network, Spec]:
     """Read a packed network from a file; raises ModelError naming it."""
-    if not path.is_file():
-        raise ModelError(f"nothing at '{path}'")
-    try:
-        return unpack(path.read_bytes())
-    except ModelError as error:
-        raise ModelError(f"'{path}': {error}") from error
+    return backbone.read_packed(path, unpack)
 
 
 def macs(spec: Spec) -> int:

@@ -50,7 +50,7 @@ class Student(nn.Module):
         if not hasattr(network, "head_hidden_size"):
             raise ModelError(_not_convolutional(name))
         self.network, self.name, self.width = network, name, int(network.head_hidden_size)
-        self.images, self.features, self.map = (torch.empty(0) for _ in range(3))
+        self.map = torch.empty(0)
         if weights is not None:
             self._load(weights)
 
@@ -64,12 +64,12 @@ class Student(nn.Module):
             raise ModelError(f"'{path}' has not the weights of {self.name}: {first}") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features; images, features and map stay here until the next call."""
+        """Features; where it looked, ``map`` (B,h,w), stays here until the next call."""
         network: Any = self.network
         found = network.forward_features(images)
-        self.images, self.map = images, distil.energy(found)
-        self.features = network.forward_head(found, pre_logits=True)
-        return self.features
+        self.map = distil.energy(found)
+        features: Tensor = network.forward_head(found, pre_logits=True)
+        return features
 
 
 def _not_convolutional(name: str) -> str:

@@ -46,8 +46,9 @@ _IMPORT_PATH = list(sys.path)
 def run(grid: Grid, context: Context) -> None:
     """Run the round loop over Flower; ``state-dir`` and ``settings`` come with the run."""
     sys.path[:] = _IMPORT_PATH
+    from server.begin import run_rounds
     from server.region_play import play_orders
-    from server.rounds import WallClock, run_rounds
+    from server.rounds import WallClock
 
     state_dir = Path(str(context.run_config["state-dir"]))
     settings = Path(str(context.run_config["settings"]))

@@ -4,12 +4,35 @@ import logging
 from pathlib import Path
 
 from common import backbone
+from common.files import only_one
 from common.mask import Mask
+from server.distil import DistilLoop
+from server.link import Clock, FarmLink
 from server.models import Models
+from server.rounds import RoundLoop, WallClock
 from server.settings import RunSettings
 from server.store import Store
 
 log = logging.getLogger(__name__)
+
+
+def run_rounds(
+    link: FarmLink, state_dir: Path, run_settings: Path, clock: Clock | None = None
+) -> int:
+    """Run, or continue, what the settings file says; returns the run's number.
+
+    Raises:
+        FieldfedError: the run cannot go on; it is marked failed with the reason.
+    """
+    settings = RunSettings.model_validate_json(run_settings.read_text())
+    # a server process that outlived its SuperLink must not write beside the one that replaces it
+    with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
+        models = Models(state_dir)
+        models.sweep()
+        run = start_or_resume(settings, store, models, state_dir)
+        loop = RoundLoop if settings.taught is None else DistilLoop
+        loop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
+    return run
 
 
 def start_or_resume(settings: RunSettings, store: Store, models: Models, state_dir: Path) -> int:

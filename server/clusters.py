@@ -25,6 +25,7 @@ from common.mask import Mask
 from common.scores import UnitScores
 from common.spec import ModelSpec
 from server.consensus import consensus, rank_correlation
+from server.masks import masks_of
 from server.rows import RunRow, ScoreRow
 from server.store import Store
 
@@ -110,14 +111,13 @@ def clusters(store: Store, run: RunRow, dense: ModelSpec, threshold: float = THR
 
 def _last_cut(store: Store, run: RunRow) -> tuple[int, list[ScoreRow], Mask, Mask]:
     """The last round whose cut of heads still stands: its scores, and the masks around it."""
-    masks = {digest: Mask.from_json(text) for digest, text in store.masks(run.run).items()}
-    after = {number: masks[row.mask] for number, row in store.candidates(run.run).items()}
+    masks = masks_of(store, run)
     undone = {row.event for row in store.verdicts(run.run) if not row.accepted}
     for number, rows in sorted(store.scores(run.run).items(), reverse=True):
-        if number in after and number not in undone and rows:
-            before = masks[rows[0].mask]
-            if before.heads != after[number].heads:
-                return number, rows, before, after[number]
+        if number in masks.after and number not in undone and rows:
+            before, after = masks.by_digest[rows[0].mask], masks.after[number]
+            if before.heads != after.heads:
+                return number, rows, before, after
     raise StateError(
         f"run {run.run} has removed no heads that are still gone, so no mask can be compared"
     )

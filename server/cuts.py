@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.mask import Mask
+from server.masks import masks_of
 from server.rows import RunRow, ScoreRow
 from server.store import Store
 from server.story import CutHead, CutPoint
@@ -20,15 +21,14 @@ CLOSEST = 6
 
 def cuts(store: Store, run: RunRow) -> tuple[CutPoint, ...]:
     """The events of a run that removed heads, in order."""
-    masks = {digest: Mask.from_json(text) for digest, text in store.masks(run.run).items()}
-    after = {number: masks[row.mask] for number, row in store.candidates(run.run).items()}
+    masks = masks_of(store, run)
     undone = {row.event for row in store.verdicts(run.run) if not row.accepted}
     found = []
     for number, rows in store.scores(run.run).items():
         together = next((row for row in rows if row.farm is None), None)
-        if together is None or number not in after:
+        if together is None or number not in masks.after:
             continue
-        before, kept = masks[together.mask], after[number]
+        before, kept = masks.by_digest[together.mask], masks.after[number]
         if kept.heads != before.heads:
             own = [row for row in rows if row.farm is not None and row.mask == together.mask]
             found.append(_cut(number, together, own, before, kept, number in undone))

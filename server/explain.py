@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from common.mask import Mask
 from common.scores import Floats, invariance
 from common.spec import ModelSpec
+from server.masks import masks_of
 from server.rows import RunRow, ScoreRow
 from server.status import table
 from server.store import Store
@@ -71,13 +72,12 @@ def explain(store: Store, run: RunRow, dense: ModelSpec, block: int, head: int) 
             f"no head {head} in block {block}: blocks are 0 to {len(dense.heads) - 1}, heads 0 to "
             f"{dense.heads[min(max(block, 0), len(dense.heads) - 1)] - 1}"
         )
-    masks = {digest: Mask.from_json(text) for digest, text in store.masks(run.run).items()}
-    after = {number: masks[row.mask] for number, row in store.candidates(run.run).items()}
+    masks = masks_of(store, run)
     tau = store.tau(run.run)
     hearings = [
-        _hearing(number, rows, masks[rows[0].mask], after[number], (block, head), tau)
+        _hearing(number, rows, before, masks.after[number], (block, head), tau)
         for number, rows in store.scores(run.run).items()
-        if head in masks[rows[0].mask].heads[block]
+        if head in (before := masks.by_digest[rows[0].mask]).heads[block]
     ]
     total, head_cost, _ = unit_costs(dense)
     return Case(
@@ -87,7 +87,7 @@ def explain(store: Store, run: RunRow, dense: ModelSpec, block: int, head: int) 
         criterion=json.loads(run.config_json)["config"]["plan"]["criterion"],
         macs_ratio=head_cost / total,
         kept=head in Mask.from_json(store.last_mask(run)).heads[block],
-        fate=_fate(after, hearings, block, head),
+        fate=_fate(masks.after, hearings, block, head),
         hearings=tuple(hearings),
     )
 

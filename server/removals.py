@@ -6,19 +6,17 @@ from common.mask import Mask
 from common.removals import Removals, RemovedHead
 from server.facts import HeadScores
 from server.headmap import head_map
+from server.masks import masks_of
 from server.rows import RunRow
 from server.store import Store
 
 
 def removals(store: Store, run: RunRow) -> Removals:
     """The heads that a run has removed so far, and the backbones that had more."""
-    texts = store.masks(run.run)
-    masks = {digest: Mask.from_json(text) for digest, text in texts.items()}
-    candidates = store.candidates(run.run)
+    masks, candidates = masks_of(store, run), store.candidates(run.run)
     now = Mask.from_json(store.last_mask(run))
-    after = {number: masks[row.mask] for number, row in candidates.items()}
     scores = [
-        HeadScores(number, row.farm, masks[row.mask], row.heads)
+        HeadScores(number, row.farm, masks.by_digest[row.mask], row.heads)
         for number, rows in store.scores(run.run).items()
         for row in rows
     ]
@@ -28,7 +26,7 @@ def removals(store: Store, run: RunRow) -> Removals:
         run=run.run,
         criterion=config["plan"]["criterion"],
         mask=now.digest,
-        masks=texts,
+        masks=store.masks(run.run),
         backbones={run.base: run.mask} | {row.digest: row.mask for row in candidates.values()},
         removed=tuple(
             RemovedHead(
@@ -39,7 +37,7 @@ def removals(store: Store, run: RunRow) -> Removals:
                 rank=one.rank,
                 heads=one.heads,
             )
-            for row in head_map(now, scores, after)
+            for row in head_map(now, scores, masks.after)
             for one in row
             if not one.kept
         ),

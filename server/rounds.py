@@ -16,10 +16,8 @@ import numpy as np
 from common import backbone
 from common.config import RoundConfig
 from common.errors import DiskError, FieldfedError, StateError
-from common.files import only_one
 from common.logs import bound
 from common.mask import Mask
-from server.begin import start_or_resume
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
 from server.guard import accuracies, judge
@@ -49,33 +47,6 @@ class WallClock:
     def sleep(self, seconds: float) -> None:
         """Wait."""
         time.sleep(seconds)
-
-
-def run_rounds(
-    link: FarmLink, state_dir: Path, run_settings: Path, clock: Clock | None = None
-) -> int:
-    """Run, or continue, what the settings file says; returns the run's number.
-
-    Raises:
-        FieldfedError: the run cannot go on; it is marked failed with the reason.
-    """
-    settings = RunSettings.model_validate_json(run_settings.read_text())
-    # a server process that outlived its SuperLink must not write beside the one that replaces it
-    with only_one(state_dir / "run.lock"), Store.open(state_dir / "fieldfed.db") as store:
-        models = Models(state_dir)
-        models.sweep()
-        run = start_or_resume(settings, store, models, state_dir)
-        loop = _loop_of(settings)
-        loop(run, settings, link, clock or WallClock(), store, models, state_dir).go()
-    return run
-
-
-def _loop_of(settings: RunSettings) -> "type[RoundLoop]":
-    if settings.taught is None:
-        return RoundLoop
-    from server.distil import DistilLoop
-
-    return DistilLoop
 
 
 class RoundLoop:

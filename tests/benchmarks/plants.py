@@ -32,9 +32,10 @@ from common.config import (
     TrainConfig,
 )
 from common.mask import Mask
+from server.begin import run_rounds
 from server.models import Models
 from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain, shape_of
-from server.rounds import WallClock, run_rounds
+from server.rounds import WallClock
 from server.search import planned
 from server.settings import RunSettings
 from server.store import opened_run

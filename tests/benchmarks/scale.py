@@ -31,7 +31,7 @@ from common.scores import encode_neurons
 from common.spec import ModelSpec
 from common.step import MAX_BYTES
 from common.trainable import trainable_set
-from server.rounds import run_rounds
+from server.begin import run_rounds
 from server.settings import RunSettings
 from server.store import Store
 from tests.benchmarks.cells import Cells, unfinished

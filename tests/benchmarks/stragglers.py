@@ -31,8 +31,8 @@ from common.images import Part, Purpose, open_folder
 from common.layout import Layout
 from common.messages import AlignReply, Reply, Request
 from common.trainable import trainable_set
+from server.begin import run_rounds
 from server.models import Models
-from server.rounds import run_rounds
 from server.settings import RunSettings
 from server.store import Store
 from tests.benchmarks.cells import Cell, Cells, unfinished

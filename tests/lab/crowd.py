@@ -13,8 +13,8 @@ import numpy as np
 from common import backbone, codec
 from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig, TrainConfig
 from common.messages import AlignRequest, EvaluateReply, HelloReply, Reply, Request
+from server.begin import run_rounds
 from server.link import Delivery, Sent
-from server.rounds import run_rounds
 from server.settings import RunSettings
 from tests.lab.link import LabClock
 from tests.lab.replies import align_reply

@@ -19,8 +19,8 @@ from common.config import (
     TrainConfig,
 )
 from common.messages import Reply, Request, from_parts, to_parts
+from server.begin import run_rounds
 from server.pretrain import pretrain
-from server.rounds import run_rounds
 from server.settings import RunSettings
 from server.store import Store
 from tests.lab.link import Fault, LabClock, LabLink, work

@@ -5,9 +5,9 @@ from typing import Any
 
 from common.config import PrivacyConfig
 from common.lesson import StudentConfig
+from server.begin import run_rounds
 from server.distil import last_teacher, lesson_settings
 from server.models import Models
-from server.rounds import run_rounds
 from server.settings import RunSettings
 from tests.lab.link import Fault, LabClock, LabLink
 from tests.lab.network import Lab
