@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +15,7 @@ from common.catchup import replace, steps_of
 from common.compress import expand
 from common.errors import FieldfedError, ModelError, ProtocolError
 from common.images import FarmFolder
+from common.messages import TRIAL, EvaluateRequest
 from common.networks import Network
 from common.spec import ModelSpec, Spec, StudentSpec
 from common.step import MAX_BYTES, Step, most_bytes
@@ -84,15 +86,18 @@ def brought_up(state: FarmState, request: Asked, farm: str) -> Base:
         )
         return Base(*_brought_up(students, request, farm), request.base)
 
+    draft = isinstance(request, EvaluateRequest) and request.label.startswith(TRIAL)
+
     def stepped(
         step: Step, model: VisionTransformer, spec: ModelSpec
     ) -> tuple[VisionTransformer, ModelSpec]:
         if step.cut is not None:
             keep_teacher(state, request, step.base, model, spec)
-            state.save_cut(request.mask, spec, step.cut.keep, step.base)
+            state.save_cut(request.mask, spec, step.cut.keep, step.base, draft)
         return step.apply(model, spec)
 
-    backbones = _Shelf(state.load_backbone, state.save_backbone, backbone.unpack, stepped)
+    save = partial(state.save_backbone, draft=draft)
+    backbones = _Shelf(state.load_backbone, save, backbone.unpack, stepped)
     return Base(*_brought_up(backbones, request, farm), request.base)
 
 

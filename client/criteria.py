@@ -9,7 +9,7 @@
 | `random`    | drawn anew in every round, the same on every farm                | nothing     |
 
 To add one: write a function from :class:`Scoring` to :class:`FarmScores`, enter it in ``CRITERIA``
-and its name in ``common.config.Criterion``; consensus, mask, report and the tests of all criteria
+and its name in ``common.plan.Criterion``; consensus, mask, report and the tests of all criteria
 take it from there. Farms of an older release cannot be asked for it: common/protocols.py says what
 that needs.
 """
@@ -26,8 +26,8 @@ from client import gates
 from client.scores import FarmScores, normalised, score_units
 from common.anchors import Anchors
 from common.backbone import block_layers
-from common.config import Criterion
 from common.images import Part
+from common.plan import Criterion
 from common.spec import ModelSpec
 
 

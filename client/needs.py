@@ -22,10 +22,10 @@ from client.base import Base, classifier_of
 from client.criteria import Scoring, score
 from client.state import FarmState
 from common import backbone
-from common.config import Criterion
 from common.errors import ConfigError, StateError
 from common.images import FarmFolder
 from common.mask import Mask
+from common.plan import Criterion
 from common.removals import Removals, RemovedHead
 from common.spec import ModelSpec
 

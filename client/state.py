@@ -88,13 +88,18 @@ class FarmState:
             os.utime(path)
         return held
 
-    def save_backbone(self, digest: str, model: VisionTransformer, spec: ModelSpec) -> None:
+    def save_backbone(
+        self, digest: str, model: VisionTransformer, spec: ModelSpec, draft: bool = False
+    ) -> None:
         """Keep a backbone and throw the oldest away, but for the one before the last cut.
 
         The server may undo a cut some rounds later: then that one is the base again, and nobody
-        wants it to come over the link a second time.
+        wants it to come over the link a second time. For a draft nothing is thrown away: nobody
+        knows which of several will be the base.
         """
         backbone.save_backbone(self._backbone_path(digest), model, spec)
+        if draft:
+            return
         paths = _newest_first(self.folder / "backbones")
         uncut = next((path for path in paths if _spec_of(path) not in (spec, None)), None)
         for path in paths[BACKBONES_KEPT:]:
@@ -245,7 +250,9 @@ class FarmState:
 
     # --- cuts ------------------------------------------------------------------------------
 
-    def save_cut(self, mask: str, spec: ModelSpec, keep: Keep, base: str) -> None:
+    def save_cut(
+        self, mask: str, spec: ModelSpec, keep: Keep, base: str, draft: bool = False
+    ) -> None:
         """Keep what a prune event, that led to ``mask``, left of the backbone ``base``."""
         cut = {
             "base": base,
@@ -254,6 +261,8 @@ class FarmState:
             "neurons": [kept.tolist() for kept in keep.neurons],
         }
         write_atomically(self.folder / "cuts" / f"{mask}.json", json.dumps(cut).encode())
+        if draft:
+            return
         cuts = sorted((self.folder / "cuts").glob("*.json"), key=lambda p: -p.stat().st_mtime_ns)
         for old in cuts[CUTS_KEPT:]:
             old.unlink(missing_ok=True)

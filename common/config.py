@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from common.broker import Broker
 from common.door import DoorConfig
 from common.lesson import StudentConfig
+from common.plan import PlanConfig
 from common.section import Section
 from common.services import (
     DeviceMetricsConfig,
@@ -18,7 +19,6 @@ from common.services import (
     RegionEntry,
 )
 
-Criterion: TypeAlias = Literal["taylor", "taha", "l1gates", "magnitude", "random"]
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 
@@ -64,101 +64,6 @@ class TrainConfig(Section):
     def backbone_lr(self) -> float:
         """The learning rate of the backbone."""
         return LEARNING_RATES[self.trainable] if self.lr is None else self.lr
-
-
-class TargetsConfig(Section):
-    """A run that looks for the smallest backbone that is still good enough."""
-
-    macs_ratio: float = Field(gt=0, lt=1, description="of the dense backbone; not below it")
-    max_drop_ratio: float = Field(
-        ge=0, le=1, description="decide accuracy that all cuts together may cost"
-    )
-    recovery_rounds: int = Field(
-        default=2, ge=1, le=100, description="rounds from a cut to the verdict on it"
-    )
-
-
-class PlanConfig(Section):
-    """What a run does: its rounds and its prune events."""
-
-    rounds: int = Field(default=6, ge=1, le=10_000, description="of a run")
-    prune_heads: float | None = Field(default=None, description="share of heads removed, (0, 1)")
-    prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
-    targets: TargetsConfig | None = Field(
-        default=None, description="absent: prune_heads or prune_macs says how far to go"
-    )
-    prune_events: int = Field(default=2, ge=1, le=100, description="cuts on the way")
-    warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
-    criterion: Criterion = Field(
-        default="taylor", description="how farms score heads and neurons (client/criteria.py)"
-    )
-    exponent: float = Field(
-        default=1.0, ge=0, le=10, description="a in importance * invariance^a of taha"
-    )
-    compensation: Literal["none", "bias", "least_squares"] = Field(
-        default="least_squares", description="how what was cut is made up for, on source images"
-    )
-    redundancy: bool = Field(
-        default=True,
-        description="with least squares: count only what other units cannot say in a unit's place",
-    )
-    kappa: float = Field(
-        default=0.25, ge=0, le=1, description="share of the maximum over farms, with mean"
-    )
-    consensus: Literal["mean", "median", "trimmed"] = Field(
-        default="mean", description="how scores of many farms become one"
-    )
-    max_drop_ratio: float = Field(
-        default=0.05, ge=0, le=1, description="accuracy a prune event may cost after its recovery"
-    )
-    whole_attention: bool = Field(
-        default=False, description="a block may lose all heads; no older farm or device takes that"
-    )
-    heads_per_neurons: float = Field(
-        default=0.7, gt=0, le=10, description="share of heads dropped per share of neurons dropped"
-    )
-    neuron_multiple: int = Field(
-        default=1, ge=1, le=256, description="blocks keep a multiple of so many neurons"
-    )
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Self:
-        if sum(one is not None for one in (self.prune_heads, self.prune_macs, self.targets)) > 1:
-            raise ValueError("give one of prune_heads, prune_macs and targets")
-        for name in ("prune_heads", "prune_macs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must lie between 0 and 1 (exclusive), not {value}")
-        return self
-
-    @property
-    def invariance_exponent(self) -> float:
-        """How much a head's invariance counts: taha's ``exponent``, 0 for every other criterion."""
-        return self.exponent if self.criterion == "taha" else 0.0
-
-    @property
-    def spares_redundant(self) -> bool:
-        """Whether scores are lowered where other units can stand in (server/redundancy.py)."""
-        return self.redundancy and self.compensation == "least_squares"
-
-    @property
-    def prunes(self) -> bool:
-        """Whether the run removes anything."""
-        return self.prune_heads is not None or self.macs_removed is not None
-
-    def uncut(self) -> Self:
-        """The same plan, removing nothing."""
-        return self.model_copy(update={"prune_heads": None, "prune_macs": None, "targets": None})
-
-    @property
-    def macs_removed(self) -> float | None:
-        """Share of MACs that goes if all goes well; None where only heads are counted."""
-        return self.prune_macs if self.targets is None else 1 - self.targets.macs_ratio
-
-    @property
-    def tolerance(self) -> float:
-        """Decide accuracy that may be lost before a cut is undone."""
-        return self.max_drop_ratio if self.targets is None else self.targets.max_drop_ratio
 
 
 class RoundConfig(Section):

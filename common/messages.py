@@ -16,14 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, Validation
 from pydantic_core import core_schema
 
 from common import protocols
-from common.config import Criterion, PrivacyConfig, TrainConfig
+from common.config import PrivacyConfig, TrainConfig
 from common.errors import ProtocolError, RejectReason
 from common.lesson import Terms
+from common.plan import Criterion
 from common.protocols import PROTOCOL
 
 Array: TypeAlias = npt.NDArray[Any]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FarmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+TRIAL = "trial-"
+"""How labels of reports begin, on decide parts, that say which of several cuts to make."""
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$", description="probe, dense, ...")]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -11,10 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.config import Criterion
 from common.errors import ConfigError, ProtocolError
 from common.mask import Mask
 from common.messages import Digest, Finite
+from common.plan import Criterion
 from common.signing import NetworkName
 
 MAX_BYTES = 16_000_000

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from common import logs
 from common.command import LogOption, run, write_new
-from common.config import Criterion, NetworkConfig, ServerConfig
+from common.config import NetworkConfig, ServerConfig
 from common.errors import ConfigError, StateError
+from common.plan import Criterion
 from common.settings import load_settings, validate
 from server.backup_cli import backup_app
 from server.distil_cli import distil_app

@@ -6,8 +6,8 @@ say instead -> mask -> surgery with compensation -> anchors of the new mask -> o
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
@@ -28,8 +28,10 @@ from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
 from server.guard import accuracies
 from server.models import Models
+from server.plan import CutRule
 from server.redundancy import irreplaceable
 from server.residual import Residuals
+from server.scored import gone_by, replied_scores, score_rows
 from server.spool import ReplyReader, ReplyScores, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
 
@@ -79,7 +81,7 @@ class RoundCloser:
         self,
         run: int,
         work: Work,
-        budget: Budget | None = None,
+        rule: CutRule | None = None,
         verdict: VerdictRow | None = None,
     ) -> Base:
         """Aggregate, perhaps prune, commit; returns the new training base.
@@ -87,37 +89,65 @@ class RoundCloser:
         Args:
             run: of the round.
             work: what was asked.
-            budget: of the prune event that ends the round, if one does.
+            rule: of the prune event that ends the round, if one does.
             verdict: on the last event; committed along.
         """
-        number, base = work.number, work.base
-        replies = self._store.replies(run, number)
+        learned = self._learned(run, work, () if rule is None else (rule,))
+        end = self._end(run, work, learned, rule)
+        if end.lost.any():
+            self._residuals.save(run, end.digest, end.lost)
+        if end.mask != work.base.mask:
+            kept = 100 * end.mask.heads_kept_ratio
+            log.info("pruned to %.0f %% of heads by %s: %s", kept, rule, end.digest[:12])
+        candidate = self._candidate(*end.network, end.digest, work.base.digest, end.mask)
+        self._commit(run, work.number, candidate, end.mask, learned.replies, end.scores, verdict)
+        return Base(end.digest, end.mask)
+
+    def drafts(
+        self, run: int, work: Work, rules: Sequence[CutRule]
+    ) -> Iterator[tuple[CutRule, Base]]:
+        """What the round would end with by each of several rules, made when it is asked for.
+
+        A draft is on disk, so that farms can be asked about it, and not on record. A rule by which
+        nothing would go has none.
+        """
+        learned = self._learned(run, work, rules)
+        for rule in rules:
+            end = self._end(run, work, learned, rule)
+            if end.mask != work.base.mask:
+                self._store.keep_mask(end.mask.to_json())
+                yield rule, Base(end.digest, end.mask)
+
+    def _learned(self, run: int, work: Work, rules: Sequence[CutRule]) -> "_Learned":
+        """What the replies of a round come to, ready to be cut by any of the rules."""
+        replies = self._store.replies(run, work.number)
         readers = [self._spool.open(row.spooled) for row in replies]
-        model, spec = self._models.load(base.digest)
-        trained = trainable_set(model, self._config.train.trainable, self._config.train.rank)
+        model, spec = self._models.load(work.base.digest)
+        trained = self._trained(model)
         update, change, lost = self._update(run, work, replies, readers, trained)
         trained.add(model, change)
-        cut = None
         agreed, scores = self._consensus(run, work, replies, readers, spec)
-        mask, moments = base.mask, None
-        if budget is not None and agreed is not None:
-            moments = self._moments(model, spec)
-            counted = self._counted(agreed, model, moments)
-            scores = [_gone_by(row, counted) for row in scores]
-            mask = self._choose(run, counted, base.mask, budget)
-        if mask != base.mask:
-            before = spec
-            model, spec, cut = self._cut(model, spec, base, mask, moments)
-            after = trainable_set(model, self._config.train.trainable, trained.rank)
-            lost = slice_flat(lost, trained.layout, before, cut.keep, after.layout)
-        digest = self._models.save(model, spec, Step(update, cut).to_bytes())
-        if lost.any():
-            self._residuals.save(run, digest, lost)
-        if mask != base.mask:
-            log.info("pruned to %.0f %% of heads: %s", 100 * mask.heads_kept_ratio, digest[:12])
-        candidate = self._candidate(model, spec, digest, base.digest, mask)
-        self._commit(run, number, candidate, mask, replies, scores, verdict)
-        return Base(digest, mask)
+        compensated = agreed is not None and any(one.compensation != "none" for one in rules)
+        moments = self._moments(model, spec) if compensated else None
+        return _Learned(model, spec, replies, trained, update, lost, agreed, scores, moments)
+
+    def _end(self, run: int, work: Work, learned: "_Learned", rule: CutRule | None) -> "_End":
+        """The round's end by a rule, on disk."""
+        model, spec, mask, scores = learned.model, learned.spec, work.base.mask, learned.scores
+        lost, cut = learned.lost, None
+        if rule is not None and learned.agreed is not None:
+            counted = self._counted(learned, rule)
+            scores = [gone_by(row, counted) for row in scores]
+            mask = self._choose(run, counted, mask, rule.budget)
+        if rule is not None and mask != work.base.mask:
+            model, spec, cut = self._cut(learned, work.base, mask, rule)
+            before, after = learned.trained, self._trained(model)
+            lost = slice_flat(lost, before.layout, learned.spec, cut.keep, after.layout)
+        digest = self._models.save(model, spec, Step(learned.update, cut).to_bytes())
+        return _End((model, spec), digest, mask, scores, lost)
+
+    def _trained(self, model: VisionTransformer) -> TrainableSet:
+        return trainable_set(model, self._config.train.trainable, self._config.train.rank)
 
     def restore(self, run: int, number: int, base: Base, verdict: VerdictRow) -> Base:
         """End a round whose verdict undoes a cut: ``base``, of before the cut, comes back.
@@ -220,7 +250,7 @@ class RoundCloser:
         sent = replied_scores(replies, readers) if work.scored else {}
         farms = self._score(run, sent, spec)
         agreed = self._agree(replies, farms)
-        return agreed, _rows(agreed, farms, sent, replies, work.base.mask)
+        return agreed, score_rows(agreed, farms, sent, replies, work.base.mask)
 
     def _score(
         self, run: int, sent: Mapping[int, ReplyScores], spec: ModelSpec
@@ -270,18 +300,16 @@ class RoundCloser:
         return self._config.plan.consensus == "mean" and not hidden
 
     def _moments(self, model: VisionTransformer, spec: ModelSpec) -> Moments | None:
-        """On source images, where there are some and the plan compensates."""
-        if self._source is None or self._config.plan.compensation == "none":
-            return None
-        return collect_moments(model, self._source(spec))
+        """On source images, where there are some."""
+        return None if self._source is None else collect_moments(model, self._source(spec))
 
-    def _counted(
-        self, agreed: UnitScores, model: VisionTransformer, moments: Moments | None
-    ) -> UnitScores:
+    def _counted(self, learned: "_Learned", rule: CutRule) -> UnitScores:
         """The scores that the mask goes by."""
-        if moments is None or not self._config.plan.spares_redundant:
-            return agreed
-        return irreplaceable(agreed, model, moments)
+        assert learned.agreed is not None
+        spares = self._config.plan.spares_redundant(rule.compensation)
+        if learned.moments is None or not spares:
+            return learned.agreed
+        return irreplaceable(learned.agreed, learned.model, learned.moments)
 
     def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
         """The mask of a prune event; one that was undone in this run is not tried again."""
@@ -295,19 +323,15 @@ class RoundCloser:
     # --- prune event -----------------------------------------------------------------------
 
     def _cut(
-        self,
-        model: VisionTransformer,
-        spec: ModelSpec,
-        base: Base,
-        after: Mask,
-        moments: Moments | None,
+        self, learned: "_Learned", base: Base, after: Mask, rule: CutRule
     ) -> tuple[VisionTransformer, ModelSpec, Cut]:
-        """What is left of ``model``, compensated as every farm will compensate it."""
+        """What is left of the backbone, compensated as every farm will compensate it."""
+        model, spec, moments = learned.model, learned.spec, learned.moments
         keep = after.keep_in(base.mask)
         pruned, pruned_spec = prune(model, spec, keep)
-        compensated, method = pruned, self._config.plan.compensation
-        if moments is not None:
-            compensated, _ = prune_compensated(model, spec, keep, moments, method)
+        compensated = pruned
+        if moments is not None and rule.compensation != "none":
+            compensated, _ = prune_compensated(model, spec, keep, moments, rule.compensation)
         cut = Cut.between(pruned, compensated, keep, base.digest)
         cut.compensate(pruned)
         if self._source is not None:
@@ -317,42 +341,27 @@ class RoundCloser:
         return pruned, pruned_spec, cut
 
 
-def replied_scores(
-    replies: Sequence[ReplyRow], readers: Sequence[ReplyReader]
-) -> dict[int, ReplyScores]:
-    """What farms sent by node; a late reply scored an older backbone."""
-    return {
-        row.node: reader.scores()
-        for row, reader in zip(replies, readers, strict=True)
-        if row.of_round == row.round
-    }
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """A round's replies as one: the backbone with their update, and what they agree on."""
+
+    model: VisionTransformer
+    spec: ModelSpec
+    replies: Sequence[ReplyRow]
+    trained: TrainableSet
+    update: codec.Bytes
+    lost: codec.Floats
+    agreed: UnitScores | None
+    scores: Sequence[ScoreRow]
+    moments: Moments | None
 
 
-def _rows(
-    agreed: UnitScores | None,
-    farms: Mapping[int, UnitScores],
-    sent: Mapping[int, ReplyScores],
-    replies: Sequence[ReplyRow],
-    mask: Mask,
-) -> list[ScoreRow]:
-    if agreed is None:
-        return []
-    names = {row.node: row.farm for row in replies}
-    together = agreed.flat_heads()
-    rows = [ScoreRow(farm=None, mask=mask.digest, heads=together, importance=together)]
-    for node, scores in farms.items():
-        rows.append(
-            ScoreRow(
-                farm=names[node],
-                mask=mask.digest,
-                heads=scores.flat_heads(),
-                importance=sent[node].head_importance,
-                mmd2=sent[node].head_mmd2,
-            )
-        )
-    return rows
+@dataclass(frozen=True, eq=False)
+class _End:
+    """What a round ends with: a network under a mask, and what its update could not say."""
 
-
-def _gone_by(row: ScoreRow, counted: UnitScores) -> ScoreRow:
-    """In the row of the consensus, the scores that the mask goes by."""
-    return row if row.farm is not None else replace(row, heads=counted.flat_heads())
+    network: tuple[VisionTransformer, ModelSpec]
+    digest: str
+    mask: Mask
+    scores: Sequence[ScoreRow]
+    lost: codec.Floats

@@ -20,11 +20,12 @@ from safetensors.torch import save as save_tensors
 
 from common.backbone import macs
 from common.codec import Bits
-from common.config import PlanConfig, ServerConfig, TrainConfig
+from common.config import ServerConfig, TrainConfig
 from common.errors import ConfigError, StateError
 from common.export import exported, require_parity
 from common.files import write_atomically
 from common.messages import Reply
+from common.plan import PlanConfig
 from common.runtime import Runtime
 from common.spec import ModelSpec
 from common.step import Step
@@ -152,11 +153,11 @@ class StudentCloser(RoundCloser):
         self,
         run: int,
         work: Work,
-        budget: object = None,
+        rule: object = None,
         verdict: VerdictRow | None = None,
     ) -> Base:
         """Average, commit; returns the next base. Nothing is cut, so nothing is judged."""
-        assert budget is None
+        assert rule is None
         assert verdict is None
         replies = self._store.replies(run, work.number)
         readers = [self._spool.open(row.spooled) for row in replies]

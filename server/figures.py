@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from common.messages import TRIAL
 from server.database import Database
 from server.rows import GUARD, RunRow, ScoreRow
 from server.store import Store
@@ -29,7 +30,7 @@ _QUALITY = (
     "SELECT farm, 'decide' AS part, accuracy, f1, received FROM replies "
     "WHERE run = ?1 AND of_round = round UNION ALL "
     "SELECT farm, iif(label = ?2, 'decide', 'test'), accuracy, f1, received FROM reports "
-    "WHERE run = ?1 AND label <> 'local') GROUP BY farm, part"
+    "WHERE run = ?1 AND label <> 'local' AND label NOT GLOB ?3) GROUP BY farm, part"
 )
 
 Kind = TypeVar("Kind", bound=Database)
@@ -182,7 +183,7 @@ class Figures(Store):
 
     def quality(self, run: int) -> list[Quality]:
         """The newest figures of each farm on its decide and its test part, of a shared backbone."""
-        return self._all(Quality, _QUALITY, run, GUARD)
+        return self._all(Quality, _QUALITY, run, GUARD, f"{TRIAL}*")
 
     # --- the backbone of a run ---------------------------------------------------------------
 

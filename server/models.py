@@ -147,6 +147,13 @@ class Models:
         write_atomically(self.path(digest), backbone.pack(model, spec), durable=False)
         return model, spec
 
+    def discard(self, digest: str) -> None:
+        """Forget a draft that no round ended with."""
+        self.settle()
+        for path in (self.path(digest), self._step_path(digest)):
+            path.unlink(missing_ok=True)
+            self._bodies.pop(path, None)
+
     def body(self, digest: str) -> Array:
         """The candidate as bytes, compressed where that is shorter."""
 

@@ -12,11 +12,26 @@ evaluation after the last round (server/guard.py). When it is not accepted, half
 tried a round later; when no round of recovery would be left, nothing more is removed.
 """
 
+from dataclasses import dataclass, replace
+
 from common.backbone import macs
 from common.budget import Budget
-from common.config import PlanConfig
 from common.errors import ConfigError
+from common.plan import Compensation, PlanConfig
 from common.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """How much a prune event leaves, of what, and how what goes is made up for."""
+
+    budget: Budget
+    compensation: Compensation
+
+    def __str__(self) -> str:
+        """As in a label: split and compensation."""
+        split = "" if self.budget.macs_kept is None else f"{self.budget.heads_per_neurons:g} heads "
+        return f"{split}{self.compensation}"
 
 
 class Plan:
@@ -55,6 +70,17 @@ class Plan:
     def event_after(self, number: int) -> Budget | None:
         """The budget of the prune event that ends this round; None when it ends without one."""
         return self._budget(self._shares[number]) if number in self._shares else None
+
+    def rules_after(self, number: int) -> tuple[CutRule, ...]:
+        """The rules of which that event follows one, which farms choose; none without an event."""
+        budget, config = self.event_after(number), self._config
+        if budget is None:
+            return ()
+        return tuple(
+            CutRule(replace(budget, heads_per_neurons=split), compensation)
+            for split in config.try_splits or (budget.heads_per_neurons,)
+            for compensation in config.try_compensations or (config.compensation,)
+        )
 
     def scores_in(self, number: int) -> bool:
         """Whether farms score their units in this round.

@@ -27,10 +27,11 @@ from common.messages import AlignRequest
 from common.scores import UnitScores
 from common.spec import ModelSpec
 from common.trainable import trainable_set
-from server.close import Base, RoundCloser, Work, replied_scores
+from server.close import Base, RoundCloser, Work
 from server.consensus import consensus, total_weight
 from server.region_record import RegionReply
 from server.rows import ReplyRow, RoundRow, ScoreRow
+from server.scored import replied_scores
 from server.spool import ReplyReader, ReplyScores
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from common import backbone
-from common.config import PlanConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import (
     ConfigError,
     DiskError,
@@ -31,6 +31,7 @@ from common.errors import (
 from common.files import only_one
 from common.mask import Mask
 from common.messages import (
+    TRIAL,
     AlignRequest,
     EvaluateReply,
     EvaluateRequest,
@@ -38,6 +39,7 @@ from common.messages import (
     Refusal,
     Reply,
 )
+from common.plan import PlanConfig
 from server.close import Base, Work
 from server.collect import Collector, Exchange, Verdict, greeting_rules
 from server.keys import SigningKeys
@@ -49,7 +51,7 @@ from server.region_desk import Desk
 from server.region_record import HELLO, Order, RegionReply, Terms, sealed
 from server.requests import Requests
 from server.rounds import RoundLoop
-from server.rows import GUARD
+from server.rows import on_the_way
 from server.settings import RunSettings
 from server.store import Store
 
@@ -57,7 +59,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 HELLO_SECONDS = 60.0
-BASELINES = ("probe", "local", GUARD)
+BASELINES = ("probe", "local")
 Waiting = Callable[[], bool]
 
 
@@ -217,7 +219,8 @@ class Player:
         if isinstance(asked, AlignRequest):
             loop.adopt(base, asked.round)
             return loop.learn(asked, base, self._name, self._region.fewest)
-        loop.adopt(base, asked.round + 1)
+        # a draft judges nothing but itself; any other report comes after the end of its round
+        loop.adopt(base, asked.round + (not asked.label.startswith(TRIAL)))
         return loop.judge(asked, base, self._name, self._region.fewest)
 
     def _run_of(self, order: Order, base: Base) -> RegionLoop:
@@ -255,7 +258,9 @@ class Player:
     def _end(self, order: Order, reply: Reply) -> None:
         """The closing report is the last that a centre asks for in a run."""
         asked = order.request
-        closing = isinstance(asked, EvaluateRequest) and asked.label not in BASELINES
+        if not isinstance(asked, EvaluateRequest) or on_the_way(asked.label):
+            return
+        closing = asked.label not in BASELINES
         if closing and isinstance(reply, EvaluateReply) and self._loop is not None:
             self._models.settle()
             self._store.finish_run(self._loop.run, "done")

@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from common.config import Criterion
 from common.errors import ProtocolError, RefusalError, RefuseReason, RejectReason
 from common.messages import (
     KINDS,
@@ -47,6 +46,7 @@ from common.messages import (
     from_parts,
     to_parts,
 )
+from common.plan import Criterion
 from common.signing import Document, KeySet, NetworkName, read
 from common.spec import ModelSpec
 from common.tensors import header_of

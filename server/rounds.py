@@ -25,6 +25,7 @@ from server.intake import Intake
 from server.link import Clock, FarmLink
 from server.models import Models
 from server.pace import step_budgets, whole_round
+from server.plan import CutRule
 from server.pretrain import source_batches
 from server.privacy import over_budget
 from server.requests import Requests
@@ -33,6 +34,7 @@ from server.search import planned
 from server.settings import RunSettings
 from server.spool import Spool
 from server.store import Store
+from server.trial import best_rule, trial_label
 
 log = logging.getLogger(__name__)
 
@@ -210,13 +212,30 @@ class RoundLoop:
             return self._undo(number, verdict)
         if verdict is not None:
             self._plan.accept(verdict.event, number)
-        budget = self._plan.event_after(number)
-        new = self._closer.close(self.run, work, budget, verdict)
+        new = self._closer.close(self.run, work, self._rule(work), verdict)
         log.info(
             "round %d of %d closed, heads kept %.0f %%",
             *(number, self._plan.rounds, 100 * new.mask.heads_kept_ratio),
         )
         return new
+
+    def _rule(self, work: Work) -> CutRule | None:
+        """How the prune event that ends a round cuts; of several rules, what farms find best."""
+        rules = self._plan.rules_after(work.number)
+        if len(rules) < 2:
+            return rules[0] if rules else None
+        tried, drafts = [], []
+        for rule, base in self._closer.drafts(self.run, work, rules):
+            label = trial_label(base.digest)
+            self._report(label, work.number, base, part="decide")
+            reports = self._store.reports(self.run, label)
+            tried.append((rule, {row.farm: row.accuracy for row in reports}))
+            drafts.append(base.digest)
+        best = best_rule(tried) if tried else rules[0]
+        for (rule, _), digest in zip(tried, drafts, strict=True):
+            if rule != best:
+                self._models.discard(digest)
+        return best
 
     def _gather(self, work: Work) -> bool:
         """Have the farms' replies on disk; False when their privacy allows no further round."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import RejectReason
+from common.messages import TRIAL
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 RoundKind: TypeAlias = Literal["align", "evaluate"]
@@ -15,6 +16,11 @@ RunState: TypeAlias = Literal["running", "done", "stopped", "failed"]
 
 GUARD = "guard"
 """Label of the reports, on decide parts, that judge the last cut of a run."""
+
+
+def on_the_way(label: str) -> bool:
+    """Whether reports of this label are a means to the run's end, not what it came to."""
+    return label == GUARD or label.startswith(TRIAL)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ the dense MACs or the rounds are over. What it saw is in the verdicts.
 
 from collections.abc import Sequence
 
-from common.config import PlanConfig
+from common.plan import PlanConfig
 from common.spec import ModelSpec
 from server.plan import Plan
 from server.rows import VerdictRow

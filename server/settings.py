@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.config import NetworkConfig, ServerConfig
 from common.messages import Digest, Label, Lesson
-from server.rows import GUARD
+from server.rows import on_the_way
 
 
 class Taught(BaseModel):
@@ -32,8 +32,8 @@ class RunSettings(BaseModel):
     @field_validator("label")
     @classmethod
     def _not_a_baseline(cls, label: str) -> str:
-        if label in ("probe", "local", GUARD):
-            raise ValueError(f"'{label}' names a baseline; choose another label")
+        if label in ("probe", "local") or on_the_way(label):
+            raise ValueError(f"'{label}' is a label of fieldfed's own; choose another")
         return label
 
     @model_validator(mode="after")

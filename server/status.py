@@ -12,7 +12,7 @@ from common.mask import Mask
 from common.scores import UnitScores
 from server import privacy
 from server.consensus import rank_correlation
-from server.rows import GUARD, FarmRow, RunRow
+from server.rows import FarmRow, RunRow, on_the_way
 from server.store import Store, opened_run
 from server.story import percent, size_text
 
@@ -94,7 +94,7 @@ def _farms(store: Store, run: int) -> list[dict[str, Any]]:
     traffic, link = store.traffic(run), _link(store, run)
     reports: dict[str, dict[str, float]] = {}
     for report in store.reports(run):
-        if report.label != GUARD:
+        if not on_the_way(report.label):
             reports.setdefault(report.farm, {})[report.label] = report.accuracy
     nodes: dict[str, list[FarmRow]] = {}
     for row in store.farms(run):

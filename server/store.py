@@ -285,6 +285,12 @@ class Store(Records):
             raise StateError(f"'{self._path}' knows no mask {digest[:12]}")
         return str(found[0]["json"])
 
+    def keep_mask(self, mask_json: str) -> None:
+        """Have a mask known by its digest before a round ends with it, if one ever does."""
+        with self._writing(durable=False) as db:
+            values = (_mask_digest(mask_json), mask_json)
+            db.execute("INSERT OR IGNORE INTO masks VALUES (?, ?)", values)
+
     def last_mask(self, run: RunRow) -> str:
         """The mask as JSON that a run has come to; before its first commit, that it began with."""
         last = self.last_committed(run.run)

@@ -12,7 +12,7 @@ from common.spec import ModelSpec, spec_of_text
 from server.cuts import cuts
 from server.models import Models
 from server.privacy import combined, finite
-from server.rows import GUARD, CandidateRow, LinkRow, RoundRow, RunRow, TrafficRow
+from server.rows import CandidateRow, LinkRow, RoundRow, RunRow, TrafficRow, on_the_way
 from server.store import Store
 from server.story import FarmLine, HeadMap, PrivacyLine, Provenance, RoundPoint, Story
 
@@ -111,7 +111,7 @@ def _reports(store: Store, runs: Sequence[int]) -> Reports:
     accuracy: dict[str, dict[str, float]] = {}
     f1: dict[str, dict[str, float]] = {}
     for run in runs:
-        for row in (report for report in store.reports(run) if report.label != GUARD):
+        for row in (report for report in store.reports(run) if not on_the_way(report.label)):
             accuracy.setdefault(row.label, {})[row.farm] = row.accuracy
             f1.setdefault(row.label, {})[row.farm] = row.f1
     return Reports(accuracy, f1)

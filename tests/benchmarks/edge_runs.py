@@ -19,10 +19,11 @@ from client.portable import calibrated
 from common import backbone, fit
 from common.anchors import compute_anchors
 from common.backbone import head_macs, macs, parameters, tokens_by_block
-from common.config import BackboneConfig, PlanConfig, TrainConfig
+from common.config import BackboneConfig, TrainConfig
 from common.export import TOLERANCE, exported
 from common.images import FarmFolder, Purpose, open_folder
 from common.pixels import Floats
+from common.plan import PlanConfig
 from common.portable import PortableAbout, PortableBundle
 from common.resize import spec_at
 from common.runtime import Runtime

@@ -26,10 +26,11 @@ from client.align import align
 from client.scores import FarmScores, score_units
 from common import backbone, codec, fit
 from common.budget import Budget, choose_mask
-from common.config import Aggregation, PlanConfig, RoundConfig, TrainConfig
+from common.config import Aggregation, RoundConfig, TrainConfig
 from common.images import FarmFolder, open_folder
 from common.layout import add
 from common.mask import Mask
+from common.plan import PlanConfig
 from common.spec import ModelSpec
 from common.surgery import Moments, collect_moments, prune_compensated
 from common.trainable import trainable_set

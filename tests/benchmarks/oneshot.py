@@ -24,10 +24,11 @@ from client.scores import FarmScores
 from common import backbone, fit
 from common.anchors import Anchors, compute_anchors
 from common.budget import Budget, choose_mask
-from common.config import BackboneConfig, Criterion, PlanConfig, TrainConfig
+from common.config import BackboneConfig, TrainConfig
 from common.images import FarmFolder, Part, Purpose, open_folder
 from common.mask import Mask
 from common.pixels import Pixels, load_image
+from common.plan import Criterion, PlanConfig
 from common.scores import UnitScores
 from common.spec import ModelSpec
 from common.surgery import Method, Moments, collect_moments, prune_compensated

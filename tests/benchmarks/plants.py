@@ -26,12 +26,12 @@ from common.config import (
     BackboneConfig,
     FarmConfig,
     FarmSection,
-    PlanConfig,
     RoundConfig,
     ServerConfig,
     TrainConfig,
 )
 from common.mask import Mask
+from common.plan import PlanConfig
 from server.begin import run_rounds
 from server.models import Models
 from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain, shape_of

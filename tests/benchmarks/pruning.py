@@ -21,8 +21,8 @@ from typing import get_args
 import torch
 
 from common.budget import Budget, choose_mask
-from common.config import Criterion
 from common.mask import Mask
+from common.plan import Criterion
 from common.surgery import Method
 from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from common.budget import Budget
-from common.config import PlanConfig, TrainConfig
+from common.config import TrainConfig
 from common.mask import Mask
+from common.plan import PlanConfig
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
 from tests.benchmarks.oneshot import PLAIN, REFITTED, SPARING, TORCH_PRUNING, Bench, Checkpoint

@@ -25,8 +25,9 @@ import numpy as np
 import server.close
 from common import backbone, codec
 from common.compress import expand
-from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig
+from common.config import BackboneConfig, RoundConfig, ServerConfig
 from common.messages import AlignReply, AlignRequest, EvaluateReply, EvaluateRequest, Reply, Request
+from common.plan import PlanConfig
 from common.scores import encode_neurons
 from common.spec import ModelSpec
 from common.step import MAX_BYTES

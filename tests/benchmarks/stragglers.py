@@ -25,11 +25,12 @@ import numpy.typing as npt
 import torch
 
 from common import backbone, codec, fit
-from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig, TrainConfig
+from common.config import BackboneConfig, RoundConfig, ServerConfig, TrainConfig
 from common.errors import FieldfedError
 from common.images import Part, Purpose, open_folder
 from common.layout import Layout
 from common.messages import AlignReply, Reply, Request
+from common.plan import PlanConfig
 from common.trainable import trainable_set
 from server.begin import run_rounds
 from server.models import Models

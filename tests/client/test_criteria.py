@@ -14,9 +14,9 @@ from client.scores import FarmScores
 from common import fit
 from common.backbone import block_layers, build, dense_spec
 from common.budget import Budget, choose_mask
-from common.config import Criterion
 from common.images import FarmFolder, open_folder
 from common.mask import Mask
+from common.plan import Criterion
 from common.scores import Floats, UnitScores
 from common.surgery import prune
 from tests.lab.network import SIDE, TINY, draw_folder

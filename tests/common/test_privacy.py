@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common.config import PlanConfig, PrivacyConfig, ServerConfig
+from common.config import PrivacyConfig, ServerConfig
 from common.errors import ConfigError, QualityError
+from common.plan import PlanConfig
 from common.privacy import (
     GRID_BITS,
     Floats,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from common import backbone, codec
-from common.config import BackboneConfig, PlanConfig, RoundConfig, ServerConfig, TrainConfig
+from common.config import BackboneConfig, RoundConfig, ServerConfig, TrainConfig
 from common.messages import AlignRequest, EvaluateReply, HelloReply, Reply, Request
+from common.plan import PlanConfig
 from server.begin import run_rounds
 from server.link import Delivery, Sent
 from server.settings import RunSettings

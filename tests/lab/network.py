@@ -13,12 +13,12 @@ from common.config import (
     FarmConfig,
     FarmSection,
     NetworkConfig,
-    PlanConfig,
     RoundConfig,
     ServerConfig,
     TrainConfig,
 )
 from common.messages import Reply, Request, from_parts, to_parts
+from common.plan import PlanConfig
 from server.begin import run_rounds
 from server.pretrain import pretrain
 from server.settings import RunSettings

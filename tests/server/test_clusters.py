@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from common.budget import Budget, choose_mask
-from common.config import PlanConfig, ServerConfig
+from common.config import ServerConfig
 from common.errors import StateError
 from common.mask import Mask
+from common.plan import PlanConfig
 from common.scores import UnitScores
 from common.spec import ModelSpec
 from server.cli import app

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from common.backbone import dense_spec
 from common.budget import Budget
-from common.config import PlanConfig
 from common.errors import ConfigError
+from common.plan import PlanConfig
 from common.spec import ModelSpec
 from server.plan import Plan
 

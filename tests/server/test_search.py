@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.backbone import dense_spec
-from common.config import PlanConfig, ServerConfig, TargetsConfig
+from common.config import ServerConfig
 from common.errors import ConfigError
 from common.messages import AlignReply, EvaluateReply, Reply, Request
+from common.plan import PlanConfig, TargetsConfig
 from common.settings import validate
 from server.rows import VerdictRow
 from server.search import STEP_RATIO, Search, planned

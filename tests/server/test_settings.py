@@ -5,8 +5,9 @@ import json
 import pytest
 
 from common.broker import Broker
-from common.config import NetworkConfig, PlanConfig, ServerConfig
+from common.config import NetworkConfig, ServerConfig
 from common.door import DoorConfig
+from common.plan import PlanConfig
 from common.services import HubConfig, MetricsConfig, PageConfig
 from server.settings import RunSettings
 
