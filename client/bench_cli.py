@@ -1,4 +1,4 @@
-"""``fieldfed-client bench`` and ``explain``: what a model costs, and what it looks at."""
+"""``fieldfed-client bench``, ``costs`` and ``explain``: what a model costs, and looks at."""
 
 import json
 from collections.abc import Sequence
@@ -104,6 +104,28 @@ def _draw(path: Path, rows: Sequence["Row"]) -> None:
         raise ConfigError("no model here knows classes, so there is no accuracy to draw")
     images = max(row.images for row in rows)
     draw(path, f"Accuracy on {images} images against latency at one thread", points)
+
+
+@bench_app.command(epilog="Example: fieldfed-client costs base.safetensors --out costs-pi4.json")
+def costs(
+    model: Annotated[Path, typer.Argument(help="a dense backbone: the server's base.safetensors")],
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("costs.json"),
+    device: Annotated[str, typer.Option(help="what to call it; default: its processor")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="of the runtime, as it will serve")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="of measuring, per number of units")] = 5.0,
+    log: LogOption = "text",
+) -> None:
+    """Measure what heads and neurons cost on this machine, for a server to prune by."""
+    from client.costs import measured_costs
+    from common.backbone import read_spec
+
+    logs.start_logging(log)
+    table = measured_costs(read_spec(model), device=device, threads=threads, seconds=seconds)
+    write_atomically(out, table.model_dump_json(indent=1).encode() + b"\n")
+    print(
+        f"{out}: {1000 * table.dense_seconds:.1f} ms an image on {table.device}; give it to the "
+        "server's operator, for [plan] prune_time and costs"
+    )
 
 
 @bench_app.command(epilog="Example: fieldfed-client explain farms/apple leaf.jpg --out why.png")

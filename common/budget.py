@@ -10,31 +10,36 @@ Shapes: H_l heads and M_l neurons of block l.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from common.costs import CostTable, Savings, UnitCosts, mac_costs
 from common.errors import ConfigError, ProtocolError, RejectReason
 from common.mask import Blocks, Mask
 from common.scores import UnitScores
 from common.spec import ModelSpec
 
+KINDS = ("heads_kept", "macs_kept", "time_kept")
+
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept, relative to the DENSE backbone: give ``heads_kept`` or ``macs_kept``.
+    """What may be kept, relative to the DENSE backbone: give one of the first three.
 
     Args:
         heads_kept: share of heads, in (0, 1]; neurons stay.
         macs_kept: share of multiply-accumulates, in (0, 1].
-        heads_per_neurons: share of heads dropped per share of neurons dropped, for ``macs_kept``.
+        time_kept: share of the time that a forward pass takes on the device of ``table``.
+        heads_per_neurons: share of heads dropped per share of neurons dropped, but for
+            ``heads_kept``.
         min_heads: kept per block at least (all, where a block has fewer).
         min_neurons: likewise.
         whole_attention: a block may lose all of its heads, whatever ``min_heads`` says; the best
             head of all stays.
         neuron_multiple: a block that loses neurons keeps a multiple of so many: hardware works in
             such portions, and a count between two of them is no faster than the next.
+        table: of ``time_kept``.
 
     Raises:
         ConfigError: a value out of range, or not exactly one budget.
@@ -42,23 +47,46 @@ class Budget:
 
     heads_kept: float | None = None
     macs_kept: float | None = None
+    time_kept: float | None = None
     heads_per_neurons: float = 0.7
     min_heads: int = 1
     min_neurons: int = 8
     neuron_multiple: int = 1
     whole_attention: bool = False
+    table: CostTable | None = None
 
     def __post_init__(self) -> None:
-        if (self.heads_kept is None) == (self.macs_kept is None):
-            raise ConfigError("a budget needs either heads_kept or macs_kept, and not both")
-        for name in ("heads_kept", "macs_kept"):
-            share = getattr(self, name)
+        shares = {name: getattr(self, name) for name in KINDS}
+        if sum(share is not None for share in shares.values()) != 1:
+            raise ConfigError(f"a budget needs one of {', '.join(KINDS)}, and no other")
+        if (self.time_kept is None) != (self.table is None):
+            raise ConfigError("time_kept needs a table of costs, and no other budget does")
+        if self.table is not None and self.whole_attention:
+            raise ConfigError("no table of costs says what a block without heads takes")
+        for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"{name} must be above 0 and at most 1, not {share}")
         if not 0 < self.heads_per_neurons < math.inf:
             raise ConfigError(f"heads_per_neurons must be above 0, not {self.heads_per_neurons}")
         if self.min_heads < 1 or self.min_neurons < 1 or self.neuron_multiple < 1:
             raise ConfigError("min_heads, min_neurons and neuron_multiple must be at least 1")
+
+    @property
+    def cost_kept(self) -> float:
+        """The share of what is counted that may be kept, where that is not heads."""
+        share = self.macs_kept if self.time_kept is None else self.time_kept
+        assert share is not None
+        return share
+
+    @property
+    def setting(self) -> str:
+        """In words."""
+        name = next(name for name in KINDS if getattr(self, name) is not None)
+        return f"{name}={getattr(self, name):g}"
+
+    def costs_of(self, dense: ModelSpec) -> UnitCosts:
+        """What is counted, of a dense backbone; raises ConfigError as :func:`mac_costs` does."""
+        return mac_costs(dense) if self.table is None else self.table.costs()
 
     @property
     def heads_per_block(self) -> int:
@@ -119,7 +147,7 @@ def _candidates(
 def choose_mask(scores: UnitScores, current: Mask, dense: ModelSpec, budget: Budget) -> Mask:
     """The mask within ``current`` that keeps the most score under a budget.
 
-    With ``heads_kept`` exactly ``round(share * dense heads)`` heads stay. With ``macs_kept`` the
+    With ``heads_kept`` exactly ``round(share * dense heads)`` heads stay. With the others the
     cost never exceeds the budget, and one more unit would (a portion of neurons is one): every
     number of dropped heads implies the fewest neurons that must go too, and the pair closest to
     ``heads_per_neurons`` is taken. Where ``current`` already meets the budget it is returned
@@ -147,7 +175,7 @@ def choose_mask(scores: UnitScores, current: Mask, dense: ModelSpec, budget: Bud
     if budget.heads_kept is not None:
         drop_heads, drop_neurons = _heads_to_drop(heads, budget), 0
     else:
-        drop_heads, drop_neurons = _units_to_drop(heads, neurons, dense, budget)
+        drop_heads, drop_neurons = _units_to_drop(heads, neurons, spec, dense, budget)
     return Mask(
         _without(current.heads, heads.first(drop_heads)),
         _without(current.neurons, neurons.first(drop_neurons)),
@@ -181,48 +209,31 @@ def _heads_to_drop(heads: _Candidates, budget: Budget) -> int:
     return drop
 
 
-@lru_cache(maxsize=16)
-def unit_costs(dense: ModelSpec) -> tuple[int, int, int]:
-    """MACs of a dense backbone, of one head and of one neuron; building it to count is slow.
-
-    Raises:
-        ConfigError: its blocks do not cost alike.
-    """
-    # here, so that reading or showing a mask needs no torch
-    from common.backbone import head_macs, macs, neuron_macs, tokens
-
-    if dense.kept_tokens or dense.linear_blocks:
-        raise ConfigError(
-            "a MACs budget needs blocks that cost alike; prune first, then sample tokens or make "
-            "attention linear, or give a budget of heads"
-        )
-    token_count = tokens(dense)
-    return macs(dense), head_macs(dense, token_count), neuron_macs(dense, token_count)
-
-
 def _units_to_drop(
-    heads: _Candidates, neurons: _Candidates, dense: ModelSpec, budget: Budget
+    heads: _Candidates, neurons: _Candidates, spec: ModelSpec, dense: ModelSpec, budget: Budget
 ) -> tuple[int, int]:
-    assert budget.macs_kept is not None
-    total, head_cost, neuron_cost = unit_costs(dense)
-    now = total - heads.dropped * head_cost - neurons.dropped * neuron_cost
-    excess = now - math.floor(budget.macs_kept * total)
+    """How many entries of both orders go."""
+    costs, share = budget.costs_of(dense), budget.cost_kept
+    heads_saved = _saved(heads, spec.heads, costs.heads)
+    neurons_saved = _saved(neurons, spec.neurons, costs.neurons)
+    now, limit = costs.of(spec, dense), share * costs.total
+    excess = now - limit
     if excess <= 0:
         return 0, 0
-    sums = neurons.sums()
-    needed = [
-        max(-(-(excess - h * head_cost) // neuron_cost), 0)
-        for h in range(min(len(heads.order), -(-excess // head_cost)) + 1)
+    enough = min(int(np.searchsorted(heads_saved, excess)), len(heads.order))
+    pairs = [
+        (h, int(np.searchsorted(neurons_saved, max(excess - heads_saved[h], 0))))
+        for h in range(enough + 1)
     ]
-    pairs = [(h, int(np.searchsorted(sums, count))) for h, count in enumerate(needed)]
     possible = [(h, n) for h, n in pairs if n <= len(neurons.order)]
     if not possible:
-        least = now - len(heads.order) * head_cost - int(sums[-1]) * neuron_cost
+        least = now - float(heads_saved[-1]) - float(neurons_saved[-1])
         raise ConfigError(
-            f"macs_kept={budget.macs_kept:g} cannot be met: min_heads={budget.heads_per_block} and "
-            f"min_neurons={budget.min_neurons} per block hold {least / total:.3f} of the dense "
-            "MACs; raise macs_kept or lower the minimums"
+            f"{budget.setting} cannot be met: min_heads={budget.heads_per_block} and "
+            f"min_neurons={budget.min_neurons} per block hold {least / costs.total:.3f} of the "
+            f"dense {costs.name}; raise it or lower the minimums"
         )
+    sums = neurons.sums()
 
     def imbalance(pair: tuple[int, int]) -> float:
         head_share = (heads.dropped + pair[0]) / heads.dense
@@ -230,6 +241,16 @@ def _units_to_drop(
         return abs(head_share - budget.heads_per_neurons * neuron_share)
 
     return min(possible, key=imbalance)
+
+
+def _saved(candidates: _Candidates, counts: Sequence[int], saved: Savings) -> Savings:
+    """What is saved with the first 0, 1, 2, ... entries of an order."""
+    left = list(counts)
+    steps = np.zeros(len(candidates.order) + 1, saved.dtype)
+    for at, (block, portion) in enumerate(candidates.order, start=1):
+        before, left[block] = left[block], left[block] - len(portion)
+        steps[at] = saved[left[block]] - saved[before]
+    return np.cumsum(steps)
 
 
 def _without(blocks: Blocks, dropped: list[tuple[int, int]]) -> Blocks:

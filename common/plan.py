@@ -1,5 +1,6 @@
 """Settings of what a run does: its rounds, and how its prune events cut."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
@@ -11,6 +12,10 @@ Compensation: TypeAlias = Literal["none", "bias", "least_squares"]
 MOST_TRIED = 8
 """Cuts that farms try at a prune event; each is a backbone on every farm's disk for a round."""
 Split: TypeAlias = Annotated[float, Field(gt=0, le=10)]
+
+
+BUDGETS = ("prune_heads", "prune_macs", "prune_time", "targets")
+"""Fields of a plan of which one at most says how far to go."""
 
 
 class TargetsConfig(Section):
@@ -31,6 +36,12 @@ class PlanConfig(Section):
     rounds: int = Field(default=6, ge=1, le=10_000, description="of a run")
     prune_heads: float | None = Field(default=None, description="share of heads removed, (0, 1)")
     prune_macs: float | None = Field(default=None, description="share of MACs removed, (0, 1)")
+    prune_time: float | None = Field(
+        default=None, description="share of the time on a device removed, (0, 1); needs costs"
+    )
+    costs: Path | None = Field(
+        default=None, description="what 'fieldfed-client costs' wrote on such a device"
+    )
     targets: TargetsConfig | None = Field(
         default=None, description="absent: prune_heads or prune_macs says how far to go"
     )
@@ -77,16 +88,20 @@ class PlanConfig(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if sum(one is not None for one in (self.prune_heads, self.prune_macs, self.targets)) > 1:
-            raise ValueError("give one of prune_heads, prune_macs and targets")
-        for name in ("prune_heads", "prune_macs"):
+        if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
+            raise ValueError(f"give one of {', '.join(BUDGETS)}, and no other")
+        if self.prune_time is not None and self.costs is None:
+            raise ValueError("prune_time needs costs: a file that 'fieldfed-client costs' wrote")
+        if self.prune_time is not None and self.whole_attention:
+            raise ValueError("prune_time cannot have whole_attention: no time is known of it")
+        for name in ("prune_heads", "prune_macs", "prune_time"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} must lie between 0 and 1 (exclusive), not {value}")
         if max(len(self.try_splits), 1) * max(len(self.try_compensations), 1) > MOST_TRIED:
             raise ValueError(f"try_splits times try_compensations: at most {MOST_TRIED} cuts")
-        if self.try_splits and self.macs_removed is None:
-            raise ValueError("try_splits is for budgets of MACs: give prune_macs or targets")
+        if self.try_splits and (self.prune_heads is not None or not self.prunes):
+            raise ValueError("try_splits is for budgets of MACs or time, which it divides")
         return self
 
     @property
@@ -101,17 +116,12 @@ class PlanConfig(Section):
     @property
     def prunes(self) -> bool:
         """Whether the run removes anything."""
-        return self.prune_heads is not None or self.macs_removed is not None
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     def uncut(self) -> Self:
         """The same plan, removing nothing."""
-        nothing = {"prune_heads": None, "prune_macs": None, "targets": None}
+        nothing = dict.fromkeys(BUDGETS)
         return self.model_copy(update=nothing | {"try_splits": (), "try_compensations": ()})
-
-    @property
-    def macs_removed(self) -> float | None:
-        """Share of MACs that goes if all goes well; None where only heads are counted."""
-        return self.prune_macs if self.targets is None else 1 - self.targets.macs_ratio
 
     @property
     def tolerance(self) -> float:

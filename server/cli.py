@@ -13,7 +13,7 @@ from common import logs
 from common.command import LogOption, run, write_new
 from common.config import NetworkConfig, ServerConfig
 from common.errors import ConfigError, StateError
-from common.plan import Criterion
+from common.plan import BUDGETS, Criterion
 from common.settings import load_settings, validate
 from server.backup_cli import backup_app
 from server.distil_cli import distil_app
@@ -203,7 +203,7 @@ def train(
     }
     changes = {key: value for key, value in plan.items() if value is not None}
     if changes.keys() & {"prune_heads", "prune_macs"}:
-        changes = {"prune_heads": None, "prune_macs": None, "targets": None} | changes
+        changes = dict.fromkeys(BUDGETS) | changes
     config = load_settings(ServerConfig, folder / "server.toml", plan=changes)
     if config.region is not None:
         raise ConfigError(

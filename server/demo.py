@@ -23,6 +23,7 @@ from common.command import replace_folder
 from common.config import BackboneConfig, ServerConfig
 from common.errors import ConfigError, DataError, QualityError
 from common.files import write_atomically
+from common.plan import BUDGETS
 from common.processes import Child, free_port, stop_all
 from common.settings import load_settings, validate
 from server.compare import Interval, paired_bootstrap, verdict
@@ -44,7 +45,6 @@ SAMPLES = 6
 WORST_DROP = 0.05
 AT_WORK_AT_ONCE = 2
 DRAWN_ROUNDS = 3
-BUDGETS = {"prune_heads", "prune_macs", "targets"}
 CHANGEABLE = {"backbone", "plan", "privacy", "rounds", "train"}
 """Sections of server.toml that a file of settings may have."""
 
@@ -194,7 +194,7 @@ def _settings(stage: Stage, farms: int) -> ServerConfig:
     }
     for section, changes in _changes(options).items():
         values[section] = values.get(section, {}) | changes
-    if not BUDGETS & values["plan"].keys():
+    if values["plan"].keys().isdisjoint(BUDGETS):
         values["plan"]["prune_heads"] = 0.4
     config = validate(ServerConfig, values, str(options.settings or "the options"))
     planned(config.plan, shape_of(config.backbone), [])  # said now, not after pre-training
@@ -229,7 +229,7 @@ def _changes(options: DemoOptions) -> dict[str, dict[str, Any]]:
     }
     given = {key: value for key, value in plan.items() if value is not None}
     kept = found.get("plan", {})
-    if BUDGETS & given.keys():  # an option replaces whatever budget the file has
+    if not given.keys().isdisjoint(BUDGETS):  # an option replaces whatever budget the file has
         kept = {key: value for key, value in kept.items() if key not in BUDGETS}
     return found | {"plan": kept | given}
 

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from common.budget import unit_costs
+from common.costs import unit_costs
 from common.errors import ConfigError
 from common.mask import Mask
 from common.scores import Floats, invariance

@@ -3,10 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from common.mask import Mask
 
 mask_app = typer.Typer(help="What is left of the backbone, and why.", no_args_is_help=True)
 RunNumber = Annotated[int | None, typer.Option("--run", help="default: the last")]
@@ -14,7 +17,13 @@ Folder = Annotated[Path, typer.Argument(help="the server's folder: server.toml a
 
 
 @mask_app.command("show", epilog="Example: fieldfed-server mask show network")
-def show_mask(folder: Folder, run_number: RunNumber = None) -> None:
+def show_mask(
+    folder: Folder,
+    run_number: RunNumber = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="what 'fieldfed-client costs' wrote: the time left there")
+    ] = None,
+) -> None:
     """Which heads and neurons are left, block by block."""
     from common.mask import Mask
     from server.store import opened_run
@@ -27,6 +36,22 @@ def show_mask(folder: Folder, run_number: RunNumber = None) -> None:
     print(
         f"run {row.run}: {mask.heads_kept_ratio:.1%} of heads, {mask.neurons_kept_ratio:.1%} of "
         f"neurons, {ratio:.1%} of MACs"
+    )
+    if costs is not None:
+        print(_predicted(folder, row.base, mask, costs))
+
+
+def _predicted(folder: Path, base: str, mask: "Mask", path: Path) -> str:
+    from common.backbone import read_spec
+    from common.costs import CostTable
+    from server.models import Models
+
+    dense = read_spec(Models(folder).path(base))
+    table = CostTable.load(path, dense)
+    share = table.costs().of(mask.apply_to(dense), dense) / table.dense_seconds
+    return (
+        f"predicted: {share:.1%} of {1000 * table.dense_seconds:.1f} ms an image on "
+        f"{table.device}, {table.threads} threads"
     )
 
 

@@ -14,8 +14,8 @@ tried a round later; when no round of recovery would be left, nothing more is re
 
 from dataclasses import dataclass, replace
 
-from common.backbone import macs
 from common.budget import Budget
+from common.costs import CostTable
 from common.errors import ConfigError
 from common.plan import Compensation, PlanConfig
 from common.spec import ModelSpec
@@ -29,9 +29,10 @@ class CutRule:
     compensation: Compensation
 
     def __str__(self) -> str:
-        """As in a label: split and compensation."""
-        split = "" if self.budget.macs_kept is None else f"{self.budget.heads_per_neurons:g} heads "
-        return f"{split}{self.compensation}"
+        """For people: what tells it from others of the same event."""
+        if self.budget.heads_kept is not None:
+            return self.compensation
+        return f"{self.budget.heads_per_neurons:g} heads per neurons and {self.compensation}"
 
 
 class Plan:
@@ -42,14 +43,15 @@ class Plan:
         dense: the backbone that the targets refer to.
 
     Raises:
-        ConfigError: too few rounds for the events, a target below what every block keeps, or
-            events that remove nothing; says what to change.
+        ConfigError: too few rounds for the events, a target below what every block keeps,
+            events that remove nothing, or costs of another backbone; says what to change.
     """
 
     def __init__(self, config: PlanConfig, dense: ModelSpec) -> None:
         self._config, self._dense = config, dense
         self._shares: dict[int, float] = {}
         self._rounds = config.rounds
+        self._table = _table(config, dense)
         if not config.prunes:
             return
         rounds = self._event_rounds()
@@ -140,17 +142,19 @@ class Plan:
         """Rounds from one event to the next: all that are left after the warm-up are shared out."""
         return (self._config.rounds - max(self._config.warmup, 1)) // self._config.prune_events
 
-    def _units(self, share: float) -> int:
-        """Heads, or MACs, that a share of the dense backbone comes to."""
-        if self._config.prune_heads is None:
-            return int(share * macs(self._dense))
-        return round(share * sum(self._dense.heads))
+    def _units(self, share: float) -> float:
+        """Heads, MACs or seconds that a share of the dense backbone comes to."""
+        if self._config.prune_heads is not None:
+            return round(share * sum(self._dense.heads))
+        return share * self._budget(share).costs_of(self._dense).total
 
     def _budget(self, share: float) -> Budget:
         if self._config.prune_heads is not None:
             return Budget(heads_kept=share, whole_attention=self._config.whole_attention)
         return Budget(
-            macs_kept=share,
+            macs_kept=share if self._table is None else None,
+            time_kept=None if self._table is None else share,
+            table=self._table,
             whole_attention=self._config.whole_attention,
             heads_per_neurons=self._config.heads_per_neurons,
             neuron_multiple=self._config.neuron_multiple,
@@ -165,10 +169,11 @@ class Plan:
             tuple(min(count, least.heads_per_block) for count in heads),
             tuple(min(count, least.neurons_per_block) for count in neurons),
         )
+        total: float = sum(heads)
+        bottom: float = max(sum(floor.heads), 1)
         if self._config.prune_heads is None:
-            total, bottom = macs(self._dense), macs(floor)
-        else:
-            total, bottom = sum(heads), max(sum(floor.heads), 1)
+            costs = least.costs_of(self._dense)
+            total, bottom = costs.total, costs.of(floor, self._dense)
         if cuts[-1] < bottom:
             most = int((1 - bottom / total) * 1000) / 1000
             remedy = f"lower it to at most {most:g}"
@@ -191,14 +196,24 @@ class Plan:
             return f"plan.targets.macs_ratio={config.targets.macs_ratio:g}"
         if config.prune_heads is not None:
             return f"plan.prune_heads={config.prune_heads:g}"
+        if config.prune_time is not None:
+            return f"plan.prune_time={config.prune_time:g}"
         return f"plan.prune_macs={config.prune_macs:g}"
+
+
+def _table(config: PlanConfig, dense: ModelSpec) -> CostTable | None:
+    """Of a budget of time; raises ConfigError naming the file that is no table of this backbone."""
+    if config.prune_time is None or config.costs is None:
+        return None
+    return CostTable.load(config.costs, dense)
 
 
 def _target(config: PlanConfig) -> float:
     """The share that is kept in the end."""
-    removed = config.macs_removed if config.prune_heads is None else config.prune_heads
-    assert removed is not None
-    return 1 - removed
+    if config.targets is not None:
+        return config.targets.macs_ratio
+    shares = (config.prune_heads, config.prune_macs, config.prune_time)
+    return 1 - next(one for one in shares if one is not None)
 
 
 def _schedule(target: float, events: int) -> list[float]:

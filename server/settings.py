@@ -46,7 +46,7 @@ class RunSettings(BaseModel):
             f"train.trainable = '{train.trainable}' (it is 'full')": train.trainable != "full",
             "train.dal_weight (it has no heads to align)": train.dal_weight > 0,
             "train.proximal": train.proximal > 0,
-            "plan.prune_heads, prune_macs or targets": self.config.plan.prunes,
+            "plan.prune_heads or another budget": self.config.plan.prunes,
             "a local-only baseline": self.local_rounds > 0,
             "no probe, by which farms get the teacher": not self.probe,
         }

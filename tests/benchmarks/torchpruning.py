@@ -17,7 +17,8 @@ from torch import Tensor
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner
 
 from common.backbone import block_layers, macs
-from common.budget import Budget, unit_costs
+from common.budget import Budget
+from common.costs import unit_costs
 from common.mask import Mask
 from common.spec import ModelSpec
 from common.surgery import prune

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import backbone
 from common.backbone import build, dense_spec, macs, tokens_by_block
-from common.budget import unit_costs
+from common.costs import unit_costs
 from common.efficient import linear_attention, sampled, token_scores
 from common.errors import ConfigError, ModelError
 from common.export import require_parity

@@ -166,7 +166,7 @@ def test_shares_outside_are_refused(share: float) -> None:
 
 def test_other_nonsense_is_refused() -> None:
     for share in (None, 0.5):
-        with pytest.raises(ConfigError, match="not both"):
+        with pytest.raises(ConfigError, match="and no other"):
             Budget(heads_kept=share, macs_kept=share)
     with pytest.raises(ConfigError, match="heads_per_neurons"):
         Budget(macs_kept=0.5, heads_per_neurons=0)
