@@ -89,6 +89,7 @@ class RegionLoop(RoundLoop):
             FieldfedError: too few farms answered, or their privacy allows no further round.
         """
         started = time.monotonic()
+        self._forget_drafts()
         work = Work(asked.round, base, asked.criterion is not None)
         self._counted = asked.folded
         if not self._intake.farms:
@@ -97,6 +98,13 @@ class RegionLoop(RoundLoop):
             raise StateError(self._detail)
         require_enough(len(self._store.replies(self.run, work.number)), fewest)
         return self.closing.record(self.run, work, asked, region, time.monotonic() - started)
+
+    def _forget_drafts(self) -> None:
+        """Those that the centre had judged and has not gone on with; they are large."""
+        kept = {row.digest for row in self._store.candidates(self.run).values()}
+        for row in self._store.reports(self.run):
+            if row.label.startswith(TRIAL) and row.base not in kept:
+                self._models.discard(row.base)
 
     def judge(self, asked: EvaluateRequest, base: Base, region: str, fewest: int) -> EvaluateReply:
         """Have the farms evaluate; mean over them. Raises FieldfedError as :meth:`learn` does."""

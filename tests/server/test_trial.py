@@ -180,3 +180,7 @@ def test_regions_try_cuts_for_their_centre(tmp_path: Path) -> None:
     assert end.mean(trial_label(end.candidates[1].digest)) == best
     for one in place.regions:
         assert digests(End(one.folder)) == digests(end)
+        left = {path.stem for path in (one.folder / "models").glob("*.safetensors")}
+        assert left & {row.base for rows in end.trials.values() for row in rows} <= set(
+            digests(end)
+        )
