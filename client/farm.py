@@ -25,7 +25,7 @@ from client.scores import FarmScores
 from client.state import FarmState
 from client.teacher import Asked, Teacher, teacher_of
 from client.turns import turn
-from common import codec, fit
+from common import codec, fit, moments
 from common.anchors import Anchors
 from common.config import FarmConfig
 from common.errors import (
@@ -55,9 +55,12 @@ from common.messages import (
 )
 from common.scores import encode_neurons
 from common.student import Student, recalibrate
+from common.surgery import collect_moments
 from common.trainable import TrainableSet
 
 log = logging.getLogger(__name__)
+
+MOMENTS_BATCH = 32
 
 
 class Farm:
@@ -172,6 +175,7 @@ class Farm:
         classifier = self._refit(base)
         judged = self._judge(base, classifier)
         scores = self._score(request, base, classifier, anchors)
+        sent = self._moments(request, base)
         aligned = self._learn(request, base, classifier, anchors)
         delta = aligned.delta
         if private is not None:
@@ -197,6 +201,7 @@ class Farm:
             head_importance=scores.head_importance if scores else None,
             head_mmd2=scores.head_mmd2 if scores else None,
             neuron_importance=encode_neurons(scores.neuron_importance) if scores else None,
+            moments=sent,
         )
         return reply, coded.lost
 
@@ -229,6 +234,16 @@ class Farm:
             autocast=self._autocast,
         )
         return score(request.criterion, scoring)
+
+    def _moments(self, request: AlignRequest, base: Base) -> codec.Bytes | None:
+        """Second moments of the shared backbone on the fit part, where they are asked for."""
+        if request.moments is None:
+            return None
+        model, spec = base.transformer()
+        with torch.inference_mode():
+            batches = self._folder.fit.batches(spec, MOMENTS_BATCH)
+            found = collect_moments(model, (images for images, _ in batches))
+        return moments.pack(found, request.moments)
 
     def _learn(
         self, request: AlignRequest, base: Base, classifier: nn.Linear, anchors: Anchors | None

@@ -204,6 +204,13 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:
+        if self.plan.moments == "farms" and self.privacy is not None:
+            raise ValueError("plan.moments = 'farms' adds no noise: it cannot go with [privacy]")
+        if self.plan.moments == "farms" and self.rounds.aggregation != "mean":
+            raise ValueError(
+                "plan.moments = 'farms' trusts every farm: with rounds.aggregation = "
+                f"'{self.rounds.aggregation}' leave it at 'source'"
+            )
         if self.privacy is None or not self.plan.prunes:
             return self
         if self.privacy.score_noise > 0 and self.plan.invariance_exponent > 0:

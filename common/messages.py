@@ -130,6 +130,9 @@ class AlignRequest(Work):
     )
     privacy: PrivacyConfig | None = Field(default=None, description="noise to add; None: none")
     lesson: Lesson | None = Field(default=None, description="of a student; None: alignment")
+    moments: Literal["heads", "all"] | None = Field(
+        default=None, description="second moments of the base's layers to send along"
+    )
 
 
 class Done(Message):
@@ -170,6 +173,7 @@ class AlignReply(Done):
     head_importance: Floats | None = Field(default=None, description="(sum of heads,)")
     head_mmd2: Floats | None = Field(default=None, description="(sum of heads,)")
     neuron_importance: Bytes | None = Field(default=None, description="(sum of neurons,) 8 bit")
+    moments: Bytes | None = Field(default=None, description="of the fit images (common/moments.py)")
 
 
 class EvaluateRequest(Work):

@@ -56,6 +56,10 @@ class PlanConfig(Section):
     compensation: Compensation = Field(
         default="least_squares", description="how what was cut is made up for, on source images"
     )
+    moments: Literal["source", "farms"] = Field(
+        default="source",
+        description="farms: they send second moments of their images before a cut, megabytes",
+    )
     redundancy: bool = Field(
         default=True,
         description="with least squares: count only what other units cannot say in a unit's place",

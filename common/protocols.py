@@ -26,7 +26,7 @@ from common.errors import ProtocolError, RejectReason
 
 SCHEMAS: Mapping[int, str] = {
     3: "f9542a2e3c709240db357ad3f49aa8bde6c21f32720fcac16b88351c9de17e32",
-    4: "8339953da1704bdd80bdcc5f96862cc0599774c3a566b39bb145015c5482336b",
+    4: "3c1af97b96104a86dd6e4da58592295e228d405ea70f27d9ba7474c3efc20bc2",
 }
 """The protocols spoken; sha256 of what tests/common/golden/protocol-N/schema.json says of each."""
 
@@ -34,8 +34,10 @@ ADDED: Mapping[int, tuple[str, ...]] = {
     4: (
         "align.base_kind",
         "align.lesson",
+        "align.moments",
         "align.train.self_distil",
         "align.train.self_distil_temperature",
+        "align_reply.moments",
         "evaluate.base_kind",
         "evaluate.train.self_distil",
         "evaluate.train.self_distil_temperature",

@@ -56,6 +56,9 @@ def require_centre(config: ServerConfig) -> None:
         "rounds.step_budget: farms are paced by their region; set it there": (
             config.rounds.step_budget
         ),
+        "plan.moments = 'farms': regions send sums of scores, not of moments": (
+            plan.moments == "farms"
+        ),
         "plan.warmup below 2 with criterion taha: round 1 only finds the scale that regions need "
         "for scores": plan.prunes and plan.invariance_exponent > 0 and plan.warmup < 2,
     }

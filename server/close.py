@@ -18,6 +18,7 @@ from common.anchors import compute_anchors
 from common.budget import Budget, choose_mask
 from common.config import ServerConfig
 from common.mask import Mask
+from common.moments import Extent, together, unpack
 from common.networks import Network
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec, Spec
@@ -55,6 +56,7 @@ class Work:
     number: int
     base: Base
     scored: bool
+    moments: Extent | None = None
 
 
 class RoundCloser:
@@ -128,7 +130,7 @@ class RoundCloser:
         trained.add(model, change)
         agreed, scores = self._consensus(run, work, replies, readers, spec)
         compensated = agreed is not None and any(one.compensation != "none" for one in rules)
-        moments = self._moments(model, spec) if compensated else None
+        moments = self._moments(model, spec, work, replies, readers) if compensated else None
         return _Learned(model, spec, replies, trained, update, lost, agreed, scores, moments)
 
     def _end(self, run: int, work: Work, learned: "_Learned", rule: CutRule | None) -> "_End":
@@ -299,9 +301,23 @@ class RoundCloser:
         hidden = private is not None and private.score_noise > 0
         return self._config.plan.consensus == "mean" and not hidden
 
-    def _moments(self, model: VisionTransformer, spec: ModelSpec) -> Moments | None:
-        """On source images, where there are some."""
-        return None if self._source is None else collect_moments(model, self._source(spec))
+    def _moments(
+        self,
+        model: VisionTransformer,
+        spec: ModelSpec,
+        work: Work,
+        replies: Sequence[ReplyRow],
+        readers: Sequence[ReplyReader],
+    ) -> Moments | None:
+        """On source images, where there are some, and with what farms sent of theirs."""
+        parts = [] if self._source is None else [collect_moments(model, self._source(spec))]
+        for row, reader in zip(replies, readers, strict=True):
+            sent = None if work.moments is None else reader.optional("moments")
+            if sent is not None and work.moments is not None:
+                weight = float(row.examples * backbone.tokens(spec))
+                parts.append(unpack(sent, spec, work.moments, weight))
+                parts = [together(parts)]  # one at a time: each is as large as the backbone
+        return parts[0] if parts else None
 
     def _counted(self, learned: "_Learned", rule: CutRule) -> UnitScores:
         """The scores that the mask goes by."""

@@ -196,6 +196,9 @@ def _settings(stage: Stage, farms: int) -> ServerConfig:
         values[section] = values.get(section, {}) | changes
     if values["plan"].keys().isdisjoint(BUDGETS):
         values["plan"]["prune_heads"] = 0.4
+    # whoever runs the demo is operator and all farms: nobody has to be asked
+    if "privacy" not in values and values["rounds"].get("aggregation", "mean") == "mean":
+        values["plan"].setdefault("moments", "farms")
     config = validate(ServerConfig, values, str(options.settings or "the options"))
     planned(config.plan, shape_of(config.backbone), [])  # said now, not after pre-training
     return config

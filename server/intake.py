@@ -14,6 +14,7 @@ from common.config import ServerConfig
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
 from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
+from common.moments import Extent
 from common.networks import Network
 from common.spec import Spec
 from common.surgery import slice_flat
@@ -70,7 +71,9 @@ class Intake:
     def aligned(self, work: Work) -> Accept:
         """Judges replies to the round's own requests."""
         asked = Asked(self._run, work.number, work.base.digest, work.base.mask.digest)
-        return partial(self._take_aligned, asked, self._expected(work.base.digest, work.scored))
+        return partial(
+            self._take_aligned, asked, self._expected(work.base.digest, work.scored, work.moments)
+        )
 
     def late(self, work: Work) -> Accept:
         """Judges replies to requests of earlier rounds, while ``work`` is going on."""
@@ -162,6 +165,7 @@ class Intake:
             "head_importance": None,
             "head_mmd2": None,
             "neuron_importance": None,
+            "moments": None,
         }
         if row.mask != work.base.mask.digest:
             plain["update"] = self._sliced(reply, expected.count, work.base)
@@ -225,12 +229,13 @@ class Intake:
             self.quarantine(number, node, RejectReason.STALE, f"an unasked {reply.kind}")
         return Verdict.REJECTED
 
-    def _expected(self, base: str, scored: bool) -> Expected:
+    def _expected(self, base: str, scored: bool, moments: Extent | None = None) -> Expected:
         if base not in self._shapes:  # late replies ask for the same few bases again and again
             model, spec = self._models.network(base)
             trained = self._trained(model)
             self._shapes[base] = spec, trained.layout.count, trained.rank
-        return Expected(*self._shapes[base], scored, self._config.rounds.max_reply_bytes)
+        limit = self._config.rounds.max_reply_bytes
+        return Expected(*self._shapes[base], scored, limit, moments)
 
     def _trained(self, model: Network) -> TrainableSet:
         train = self._config.train

@@ -53,6 +53,9 @@ class Requests:
         """Whether a farm's protocol knows of students."""
         return has("align", "lesson", self._speaks.get(node, PROTOCOL))
 
+    def _sends_moments(self, node: int) -> bool:
+        return has("align", "moments", self._speaks.get(node, PROTOCOL))
+
     def holds(self, node: int, digest: str) -> bool:
         """Whether a farm is known to hold this backbone."""
         return digest in self._held.get(node, ())
@@ -100,6 +103,7 @@ class Requests:
             folded=self._folded.get(node),
             privacy=self._config.privacy,
             lesson=self._lesson,
+            moments=work.moments if self._sends_moments(node) else None,
         )
         return self._spoken(node, request)
 

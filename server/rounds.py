@@ -18,6 +18,7 @@ from common.config import RoundConfig
 from common.errors import DiskError, FieldfedError, StateError
 from common.logs import bound
 from common.mask import Mask
+from common.moments import Extent
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
 from server.guard import accuracies, judge
@@ -202,7 +203,7 @@ class RoundLoop:
 
     def _round(self, number: int, base: Base) -> Base | None:
         """The next training base; None when the farms' privacy allows no further round."""
-        work = Work(number, base, self._plan.scores_in(number))
+        work = Work(number, base, self._plan.scores_in(number), self._moments_in(number))
         if not self._gather(work):
             log.warning("%s", self._detail)
             self._plan.end_after(number - 1)
@@ -218,6 +219,15 @@ class RoundLoop:
             *(number, self._plan.rounds, 100 * new.mask.heads_kept_ratio),
         )
         return new
+
+    def _moments_in(self, number: int) -> Extent | None:
+        """What farms send of second moments, where a cut may end the round."""
+        plan, may_cut = self._config.plan, bool(self._plan.rules_after(number))
+        if plan.moments == "source" or not (may_cut or self._plan.judged_in(number)):
+            return None
+        # of neurons, of which none goes, the source species has to say something
+        by_heads = plan.prune_heads is not None and self._config.backbone.source is not None
+        return "heads" if by_heads else "all"
 
     def _rule(self, work: Work) -> CutRule | None:
         """How the prune event that ends a round cuts; of several rules, what farms find best."""

@@ -95,6 +95,10 @@ class ReplyReader:
         values = np.frombuffer(self._bytes(name, 0, place.length), dtype)
         return values.astype(dtype.newbyteorder("="))
 
+    def optional(self, name: str) -> Array | None:
+        """The same, or None where it came without."""
+        return self.array(name) if name in self._places else None
+
     def _bytes(self, name: str, offset: int, length: int) -> bytes:
         place = self._places[name]
         length = max(0, min(length, place.length - offset))

@@ -7,6 +7,8 @@ import numpy as np
 from common import codec
 from common.errors import ProtocolError, RejectReason
 from common.messages import AlignReply, Array, EvaluateReply
+from common.moments import Extent
+from common.moments import check as check_moments
 from common.scores import decode_neurons
 from common.spec import ModelSpec, Spec
 
@@ -62,6 +64,7 @@ class Expected:
         rank: of its factors, or 0.
         scored: whether scores were asked for.
         limit_bytes: largest update taken.
+        moments: what was asked for of them; an older farm sends none.
     """
 
     spec: Spec
@@ -69,6 +72,7 @@ class Expected:
     rank: int
     scored: bool
     limit_bytes: int
+    moments: Extent | None = None
 
 
 def check_align(reply: AlignReply, asked: Asked, expected: Expected) -> None:
@@ -84,6 +88,10 @@ def check_align(reply: AlignReply, asked: Asked, expected: Expected) -> None:
             RejectReason.OVERSIZED,
         )
     codec.check(reply.update, base=asked.base, count=expected.count, rank=expected.rank)
+    if reply.moments is not None:
+        if expected.moments is None or not isinstance(expected.spec, ModelSpec):
+            raise ProtocolError("moments, which nobody asked for", RejectReason.SHAPE)
+        check_moments(reply.moments, expected.spec, expected.moments)
     if not expected.scored:
         return
     assert isinstance(expected.spec, ModelSpec)  # nobody asks for the scores of a student

@@ -159,7 +159,7 @@ def _unpacked(text: str) -> bytes:
 def recorded(root: Path) -> Iterator[tuple[str, Request | Reply]]:
     """All messages of a run with a prune event, in their order, and those it has no need of."""
     options = {"options": SMALL, "anchor_images": 16, "epochs": 1}
-    lab = Lab(root, 1, {"backbone": options}, prune_heads=0.5, rounds=4)
+    lab = Lab(root, 1, {"backbone": options}, prune_heads=0.5, rounds=4, moments="farms")
     heard: list[Request | Reply] = [HelloRequest()]
 
     def listen(_node: int, request: Request, reply: Reply) -> None:

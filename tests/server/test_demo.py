@@ -82,7 +82,7 @@ def test_what_a_file_may_not_say_is_named(text: str, named: str, data: Path) -> 
 def test_a_result_says_which_settings_were_not_the_defaults(data: Path) -> None:
     config = settings_of(data.parent, criterion="magnitude", data=data)
     told = provenance("test", 0, config).settings
-    assert told["plan"] == {"criterion": "magnitude", "prune_heads": 0.4}
+    assert told["plan"] == {"criterion": "magnitude", "prune_heads": 0.4, "moments": "farms"}
     assert told["rounds"] == {"min_farms": 3, "max_in_flight": 4}
     assert "server" not in told
     assert provenance("test", 0).settings == {}

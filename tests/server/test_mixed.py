@@ -57,6 +57,18 @@ def test_an_older_farm_takes_part_as_any_other(tmp_path: Path) -> None:
     assert candidates(mixed) == candidates(plain)
 
 
+def test_an_older_farm_sends_no_moments_and_the_others_do(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, moments="farms", **PRUNE)
+    link = lab.run(fault=older(2))
+    asked = {
+        node
+        for node, one in link.requests
+        if isinstance(one, AlignRequest) and one.moments is not None
+    }
+    assert asked == {1, 3}
+    assert not rejected(lab)
+
+
 def test_it_is_met_also_where_a_request_is_sent_once(tmp_path: Path) -> None:
     lab = Lab(tmp_path, 2, rounds=1)
     once = lab.config.rounds.model_copy(update={"attempts": 1})

@@ -1,0 +1,115 @@
+"""Second moments on their way from a farm to the server, which sums them to make up for a cut.
+
+A farm sends, for the layers that a cut will touch, what common/surgery.py collects over its own fit
+images: per layer the root mean square of each channel, fp32, and the correlations of each pair of
+channels (about zero), fp16, the upper triangle row by row. Nothing in it is larger than the layers
+of the backbone make it, and no number of tokens is claimed: the server weighs by images.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import codec
+from common.codec import Bytes
+from common.errors import ProtocolError, RejectReason
+from common.spec import ModelSpec
+from common.surgery import Moments
+
+Extent: TypeAlias = Literal["heads", "all"]
+"""Of which layers: those that read heads, or those that read neurons, too."""
+
+
+def pack(moments: Moments, extent: Extent) -> Bytes:
+    """As bytes; raises ValueError where nothing was seen."""
+    return np.concatenate([_packed(one) for one in _chosen(moments, extent)])
+
+
+def unpack(body: Bytes, spec: ModelSpec, extent: Extent, weight: float) -> Moments:
+    """As sums over ``weight`` tokens; with extent "heads" nothing of layers that read neurons.
+
+    Raises:
+        ProtocolError: not what a farm sends of this backbone.
+    """
+    found = [weight * _unpacked(part, side) for part, side in _parts(body, spec, extent)]
+    return Moments(tuple(found[: spec.depth]), tuple(found[spec.depth :]))
+
+
+def check(body: Bytes, spec: ModelSpec, extent: Extent) -> None:
+    """Raises ProtocolError as :func:`unpack` does, and takes no memory for it."""
+    for part, side in _parts(body, spec, extent):
+        _read(part, side)
+
+
+def together(parts: Sequence[Moments]) -> Moments:
+    """Sums of sums; a part that says nothing of neurons adds nothing there."""
+    return Moments(
+        _summed([part.heads for part in parts]), _summed([part.neurons for part in parts])
+    )
+
+
+def _summed(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    layers = zip(*(part for part in parts if part), strict=True)
+    return tuple(torch.stack(layer).sum(0) if len(layer) > 1 else layer[0] for layer in layers)
+
+
+def _chosen(moments: Moments, extent: Extent) -> tuple[Tensor, ...]:
+    return moments.heads + (moments.neurons if extent == "all" else ())
+
+
+def _sides(spec: ModelSpec, extent: Extent) -> list[int]:
+    heads = [count * spec.head_width + 1 for count in spec.heads]
+    return heads + ([count + 1 for count in spec.neurons] if extent == "all" else [])
+
+
+def _parts(body: Bytes, spec: ModelSpec, extent: Extent) -> Iterator[tuple[Bytes, int]]:
+    """The bytes of each layer, and how many channels it has, with the constant."""
+    sides = _sides(spec, extent)
+    if len(body) != sum(map(_length, sides)):
+        raise ProtocolError(
+            f"moments of {len(body)} bytes, not {sum(map(_length, sides))}", RejectReason.SHAPE
+        )
+    at = 0
+    for side in sides:
+        yield body[at : at + _length(side)], side
+        at += _length(side)
+
+
+def _length(side: int) -> int:
+    return 4 * side + 2 * (side * (side - 1) // 2)
+
+
+def _packed(sums: Tensor) -> Bytes:
+    tokens = float(sums[-1, -1])
+    if tokens <= 0:
+        raise ValueError("moments of no token")
+    mean = sums.numpy() / tokens
+    size = np.sqrt(np.maximum(mean.diagonal(), 0))
+    scale = np.where(size > 0, size, 1.0)
+    correlation = np.clip(mean / np.outer(scale, scale), -1, 1)
+    upper = correlation[np.triu_indices(len(mean), 1)]
+    parts = size.astype("<f4").tobytes(), upper.astype("<f2").tobytes()
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def _unpacked(body: Bytes, side: int) -> Tensor:
+    size, upper = _read(body, side)
+    mean = np.eye(side)
+    mean[np.triu_indices(side, 1)] = upper
+    mean = mean + mean.T - np.eye(side)
+    mean *= np.outer(size, size)
+    return torch.from_numpy(mean)
+
+
+def _read(body: Bytes, side: int) -> tuple[codec.Floats, codec.Floats]:
+    """Root mean squares (side,) and correlations, both fp32."""
+    size = body[: 4 * side].view("<f4")
+    upper = body[4 * side :].view("<f2").astype(np.float32)
+    if not (np.isfinite(size).all() and np.isfinite(upper).all()):
+        raise ProtocolError("moments are not finite", RejectReason.NOT_FINITE)
+    if (size < 0).any() or size[-1] != 1 or (np.abs(upper) > 1).any():
+        raise ProtocolError("moments that no images have", RejectReason.SHAPE)
+    return size.astype(np.float32), upper
