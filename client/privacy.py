@@ -52,11 +52,13 @@ class Curtain:
             farm: its own conditions, ``min_noise`` and ``max_epsilon``.
 
         Raises:
-            ConfigError: less noise is asked for, or more was spent, than the farm allows.
+            ConfigError: less noise is asked for, or more was spent, than the farm allows, or what
+                can carry none.
             StateError: the key or the record cannot be read or written.
         """
         config = request.privacy or PrivacyConfig()
         _insist(config, request.criterion is not None, farm.min_noise)
+        _keep_moments(request, farm)
         what = _identity(request)
         if request.privacy is not None or farm.max_epsilon is not None:
             cost = mu_squared(config, updates=1, scores=int(request.criterion is not None))
@@ -96,6 +98,16 @@ class Curtain:
 def _identity(request: AlignRequest) -> str:
     """All that decides what the farm answers; asked the same again, it sends the same noise."""
     return request.model_dump_json(exclude=set(request.WAYS))
+
+
+def _keep_moments(request: AlignRequest, farm: FarmSection) -> None:
+    """Raises ConfigError where moments, which carry no noise, would leave a farm that has terms."""
+    conditions = request.privacy is not None or farm.min_noise > 0 or farm.max_epsilon is not None
+    if request.moments is not None and conditions:
+        raise ConfigError(
+            "the server asks for second moments, which carry no noise, and this farm's answers "
+            "have to; the server's operator sets plan.moments = 'source'"
+        )
 
 
 def _insist(config: PrivacyConfig, scored: bool, least: float) -> None:

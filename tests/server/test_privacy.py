@@ -169,6 +169,27 @@ def test_a_farm_that_insists_on_noise_refuses_less(
     assert isinstance(answer(lab, tmp_path, request_, min_noise=3.0), AlignReply)
 
 
+@pytest.mark.parametrize(
+    ("changes", "conditions"),
+    [
+        ({}, {}),
+        ({"privacy": None}, {"max_epsilon": 1e6}),
+        ({"privacy": NOISY}, {"min_noise": 1.0}),
+    ],
+)
+def test_moments_which_carry_no_noise_are_refused(
+    lab: Lab,
+    tmp_path: Path,
+    request_: AlignRequest,
+    changes: dict[str, Any],
+    conditions: dict[str, Any],
+) -> None:
+    asked = request_.model_copy(update={"moments": "heads", **changes})
+    reply = answer(lab, tmp_path, asked, **conditions)
+    assert isinstance(reply, Refusal)
+    assert "plan.moments = 'source'" in reply.detail
+
+
 def test_anchors_that_had_to_be_sent_again_cost_nothing(
     lab: Lab, tmp_path: Path, request_: AlignRequest
 ) -> None:
