@@ -77,6 +77,7 @@ class Kind(StrEnum):
     HELLO = "hello"
     UPDATE = "update"
     SCORES = "scores"
+    MOMENTS = "moments"
     METRICS = "metrics"
     REPORT = "report"
     REFUSAL = "refusal"
@@ -304,8 +305,13 @@ def kinds_of(reply: Reply, size: int) -> Mapping[Kind, int]:
         case AlignReply():
             scores = (reply.head_importance, reply.head_mmd2, reply.neuron_importance)
             scored = sum(one.nbytes for one in scores if one is not None)
-            rest = max(size - reply.update.nbytes - scored, 0)
-            found = {Kind.UPDATE: reply.update.nbytes, Kind.SCORES: scored, Kind.METRICS: rest}
+            moments = 0 if reply.moments is None else reply.moments.nbytes
+            found = {
+                Kind.UPDATE: reply.update.nbytes,
+                Kind.SCORES: scored,
+                Kind.MOMENTS: moments,
+                Kind.METRICS: max(size - reply.update.nbytes - scored - moments, 0),
+            }
             return {kind: count for kind, count in found.items() if count}
         case EvaluateReply():
             return {Kind.REPORT: size}

@@ -33,7 +33,7 @@ class RunSettings(BaseModel):
     @classmethod
     def _not_a_baseline(cls, label: str) -> str:
         if label in ("probe", "local") or on_the_way(label):
-            raise ValueError(f"'{label}' is a label of fieldfed's own; choose another")
+            raise ValueError(f"'{label}' names a baseline or a trial; choose another label")
         return label
 
     @model_validator(mode="after")

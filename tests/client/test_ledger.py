@@ -165,7 +165,7 @@ def test_there_is_no_kind_for_an_image_or_a_classifier() -> None:
 
 def test_every_array_of_a_reply_is_of_a_kind() -> None:
     arrays = {kind: set(_array_fields(kind)) for kind in get_args(Reply)}
-    counted = {"update", "head_importance", "head_mmd2", "neuron_importance"}
+    counted = {"update", "head_importance", "head_mmd2", "neuron_importance", "moments"}
     assert {name for names in arrays.values() for name in names} == counted, (
         "say in client/ledger.py what the new array is; no image and no classifier leaves a farm"
     )
@@ -183,6 +183,11 @@ def test_a_reply_is_taken_apart() -> None:
     update = np.zeros(1000, np.uint8)
     plain = align_reply(update)
     assert kinds_of(plain, 1700) == {Kind.UPDATE: 1000, Kind.METRICS: 700}
+    assert kinds_of(align_reply(update, moments=np.zeros(300, np.uint8)), 1700) == {
+        Kind.UPDATE: 1000,
+        Kind.MOMENTS: 300,
+        Kind.METRICS: 400,
+    }
     heads, neurons = np.zeros(72, np.float32), np.zeros(500, np.uint8)
     scored = align_reply(update, head_importance=heads, head_mmd2=heads, neuron_importance=neurons)
     assert kinds_of(scored, 2800) == {

@@ -160,8 +160,8 @@ def test_a_request_that_is_worked_on_is_seen_wherever_it_is(
     assert len(signs.workers()) == 1
     assert signs()
     signs.workers()[0].kill()
-    wait_until(lambda: not signs.workers(), 10, "the end of the work")
-    assert not signs()
+    # the idle one's child, which ends at once, may begin only now
+    wait_until(lambda: not signs(), 10, "the end of the work")
 
 
 def test_what_waits_for_work_is_no_work(stand: Stand) -> None:

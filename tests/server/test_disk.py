@@ -130,10 +130,10 @@ def test_a_farm_that_can_keep_nothing_says_so_and_the_others_go_on(
     lab = Lab(tmp_path, settings={"rounds": {"quorum": 0.5}})
     keep = client.state.FarmState.save_backbone
 
-    def save(state: client.state.FarmState, *arguments: Any) -> None:
+    def save(state: client.state.FarmState, *arguments: Any, **rules: Any) -> None:
         if state.folder.name == "farm1":
             raise DiskError(f"cannot write '{state.folder}': No space left on device")
-        keep(state, *arguments)
+        keep(state, *arguments, **rules)
 
     monkeypatch.setattr(client.state.FarmState, "save_backbone", save)
     lab.run()
