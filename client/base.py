@@ -15,7 +15,7 @@ from common.catchup import replace, steps_of
 from common.compress import expand
 from common.errors import FieldfedError, ModelError, ProtocolError
 from common.images import FarmFolder
-from common.messages import TRIAL, EvaluateRequest
+from common.messages import EvaluateRequest, is_trial
 from common.networks import Network
 from common.spec import ModelSpec, Spec, StudentSpec
 from common.step import MAX_BYTES, Step, most_bytes
@@ -86,7 +86,7 @@ def brought_up(state: FarmState, request: Asked, farm: str) -> Base:
         )
         return Base(*_brought_up(students, request, farm), request.base)
 
-    draft = isinstance(request, EvaluateRequest) and request.label.startswith(TRIAL)
+    draft = isinstance(request, EvaluateRequest) and is_trial(request.label)
 
     def stepped(
         step: Step, model: VisionTransformer, spec: ModelSpec

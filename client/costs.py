@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from common import backbone
-from common.costs import CostTable
+from common.costs import CostTable, cost_alike
 from common.errors import ConfigError
 from common.export import exported
 from common.latency import compared
@@ -67,8 +67,7 @@ def measured_costs(
 
 def _smaller(dense: ModelSpec) -> Iterator[tuple[str, int, ModelSpec]]:
     """Backbones with fewer units in every block: kind, count and spec."""
-    alike = len(set(dense.heads)) == len(set(dense.neurons)) == 1
-    if not alike or dense.kept_tokens or dense.linear_blocks:
+    if not cost_alike(dense):
         raise ConfigError(f"this {dense.name} has been cut or changed; give the dense backbone")
     heads, neurons = dense.heads[0], dense.neurons[0]
     if heads < 2 or neurons < PORTIONS:

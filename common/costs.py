@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common.errors import ConfigError
+from common.errors import ConfigError, first_fault
 from common.spec import ModelSpec
 
 Savings = npt.NDArray[np.float64]
@@ -69,7 +69,8 @@ class CostTable(BaseModel):
 
     @model_validator(mode="after")
     def _of_this_backbone(self) -> Self:
-        _require_alike(self.spec)
+        if not cost_alike(self.spec):
+            raise ValueError("its blocks do not cost alike: it has to be a dense backbone")
         for kind, ratios, most in (
             ("heads", self.heads, self.spec.heads[0]),
             ("neurons", self.neurons, self.spec.neurons[0]),
@@ -86,9 +87,9 @@ class CostTable(BaseModel):
         except OSError as error:
             raise ConfigError(f"no table of costs at '{path}': {error.strerror}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            raise ConfigError(f"'{path}' is no table of costs: {where}: {first['msg']}") from error
+            raise ConfigError(
+                f"'{path}' is no table of costs: {first_fault(error, 'it')}"
+            ) from error
         if _shape(table.spec) != _shape(dense):
             raise ConfigError(
                 f"'{path}' was measured with {table.spec.name} at {table.spec.image_size} px, and "
@@ -118,10 +119,10 @@ def _shape(spec: ModelSpec) -> tuple[object, ...]:
     return spec.name, spec.image_size, spec.options, spec.heads, spec.neurons
 
 
-def _require_alike(dense: ModelSpec) -> None:
-    alike = len(set(dense.heads)) == len(set(dense.neurons)) == 1
-    if not alike or dense.kept_tokens or dense.linear_blocks:
-        raise ValueError("its blocks do not cost alike: it has to be a dense backbone")
+def cost_alike(spec: ModelSpec) -> bool:
+    """Whether all blocks of a backbone cost the same, as those of a dense one do."""
+    alike = len(set(spec.heads)) == len(set(spec.neurons)) == 1
+    return alike and not spec.kept_tokens and not spec.linear_blocks
 
 
 @lru_cache(maxsize=16)

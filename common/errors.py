@@ -18,6 +18,10 @@ Each says what is wrong, where, and what to do next. Ctrl-C exits with 130.
 """
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class FieldfedError(Exception):
@@ -138,3 +142,14 @@ class RefusalError(FieldfedError):
     def __init__(self, message: str, reason: RefuseReason) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def first_fault(error: "ValidationError", whole: str = "the whole") -> str:
+    """What is wrong in the first place, and where; without the value, which somebody else chose.
+
+    Args:
+        error: of pydantic.
+        whole: what to call the place where it is no field.
+    """
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"

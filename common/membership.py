@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from common.errors import ConfigError
+from common.errors import ConfigError, first_fault
 from common.messages import FarmName
 from common.signing import Document, NetworkName
 
@@ -39,9 +39,7 @@ class Membership(Document):
         except OSError as error:
             raise ConfigError(f"no membership at '{path}': {error.strerror or error}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
             raise ConfigError(
-                f"'{path}' is no membership: {where}: {first['msg']}; ask the server for it again "
+                f"'{path}' is no membership: {first_fault(error)}; ask the server for it again "
                 "with: fieldfed-server certify"
             ) from error

@@ -27,6 +27,8 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FarmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 TRIAL = "trial-"
 """How labels of reports begin, on decide parts, that say which of several cuts to make."""
+Extent: TypeAlias = Literal["heads", "all"]
+"""Of which layers moments are: those that read heads, or those that read neurons, too."""
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$", description="probe, dense, ...")]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -46,6 +48,11 @@ def _array_of(dtype: type[np.generic]) -> GetPydanticSchema:
 
 Bytes = Annotated[Array, _array_of(np.uint8)]
 Floats = Annotated[Array, _array_of(np.float32)]
+
+
+def is_trial(label: str) -> bool:
+    """Whether reports of this label judge a draft of a cut."""
+    return label.startswith(TRIAL)
 
 
 class Message(BaseModel):
@@ -130,7 +137,7 @@ class AlignRequest(Work):
     )
     privacy: PrivacyConfig | None = Field(default=None, description="noise to add; None: none")
     lesson: Lesson | None = Field(default=None, description="of a student; None: alignment")
-    moments: Literal["heads", "all"] | None = Field(
+    moments: Extent | None = Field(
         default=None, description="second moments of the base's layers to send along"
     )
 

@@ -6,8 +6,7 @@ channels (about zero), fp16, the upper triangle row by row. Nothing in it is lar
 of the backbone make it, and no number of tokens is claimed: the server weighs by images.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,11 +15,9 @@ from torch import Tensor
 from common import codec
 from common.codec import Bytes
 from common.errors import ProtocolError, RejectReason
+from common.messages import Extent
 from common.spec import ModelSpec
 from common.surgery import Moments
-
-Extent: TypeAlias = Literal["heads", "all"]
-"""Of which layers: those that read heads, or those that read neurons, too."""
 
 
 def pack(moments: Moments, extent: Extent) -> Bytes:
@@ -44,16 +41,17 @@ def check(body: Bytes, spec: ModelSpec, extent: Extent) -> None:
         _read(part, side)
 
 
-def together(parts: Sequence[Moments]) -> Moments:
-    """Sums of sums; a part that says nothing of neurons adds nothing there."""
-    return Moments(
-        _summed([part.heads for part in parts]), _summed([part.neurons for part in parts])
-    )
+def together(one: Moments | None, other: Moments) -> Moments:
+    """Sums of both; who says nothing of neurons adds nothing there."""
+    if one is None:
+        return other
+    return Moments(_summed(one.heads, other.heads), _summed(one.neurons, other.neurons))
 
 
-def _summed(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    layers = zip(*(part for part in parts if part), strict=True)
-    return tuple(torch.stack(layer).sum(0) if len(layer) > 1 else layer[0] for layer in layers)
+def _summed(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not (one and other):
+        return one or other
+    return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
 def _chosen(moments: Moments, extent: Extent) -> tuple[Tensor, ...]:

@@ -12,8 +12,6 @@ Compensation: TypeAlias = Literal["none", "bias", "least_squares"]
 MOST_TRIED = 8
 """Cuts that farms try at a prune event; each is a backbone on every farm's disk for a round."""
 Split: TypeAlias = Annotated[float, Field(gt=0, le=10)]
-
-
 BUDGETS = ("prune_heads", "prune_macs", "prune_time", "targets")
 """Fields of a plan of which one at most says how far to go."""
 
@@ -43,7 +41,7 @@ class PlanConfig(Section):
         default=None, description="what 'fieldfed-client costs' wrote on such a device"
     )
     targets: TargetsConfig | None = Field(
-        default=None, description="absent: prune_heads or prune_macs says how far to go"
+        default=None, description="absent: another budget says how far to go"
     )
     prune_events: int = Field(default=2, ge=1, le=100, description="cuts on the way")
     warmup: int = Field(default=1, ge=0, le=1000, description="rounds before the first event")
@@ -54,7 +52,7 @@ class PlanConfig(Section):
         default=1.0, ge=0, le=10, description="a in importance * invariance^a of taha"
     )
     compensation: Compensation = Field(
-        default="least_squares", description="how what was cut is made up for, on source images"
+        default="least_squares", description="how what was cut is made up for, by second moments"
     )
     moments: Literal["source", "farms"] = Field(
         default="source",

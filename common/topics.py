@@ -14,12 +14,11 @@ holds an image, a path or the name of a file. A notice proves nothing: a device 
 the hub, and believes signatures.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import ProtocolError
+from common.errors import ProtocolError, first_fault
 from common.manifest import Outcome
 
 SERVER: Final = "server"
@@ -82,7 +81,7 @@ class _Message(BaseModel):
         try:
             return cls.model_validate_json(payload)
         except ValidationError as error:
-            raise ProtocolError(f"no {cls.__name__}: {_first(error.errors())}") from error
+            raise ProtocolError(f"no {cls.__name__}: {first_fault(error, 'text')[:300]}") from error
 
     def body(self) -> dict[str, Any]:
         """Its fields as JSON values; what is not known is left out."""
@@ -177,8 +176,3 @@ class RoundNotice(_Message):
     run: Annotated[int, Field(ge=0)]
     round: Annotated[int, Field(ge=0)]
     deadline: Annotated[float, Field(ge=0)]
-
-
-def _first(errors: Sequence[Any]) -> str:
-    """What is wrong in the first place, without the value, which a device chose."""
-    return f"{'.'.join(map(str, errors[0]['loc'])) or 'text'}: {errors[0]['msg']}"[:300]

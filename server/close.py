@@ -18,7 +18,8 @@ from common.anchors import compute_anchors
 from common.budget import Budget, choose_mask
 from common.config import ServerConfig
 from common.mask import Mask
-from common.moments import Extent, together, unpack
+from common.messages import Extent
+from common.moments import together, unpack
 from common.networks import Network
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec, Spec
@@ -99,6 +100,7 @@ class RoundCloser:
         if end.lost.any():
             self._residuals.save(run, end.digest, end.lost)
         if end.mask != work.base.mask:
+            self._keep_anchors(end)
             kept = 100 * end.mask.heads_kept_ratio
             log.info("pruned to %.0f %% of heads by %s: %s", kept, rule, end.digest[:12])
         candidate = self._candidate(*end.network, end.digest, work.base.digest, end.mask)
@@ -131,14 +133,21 @@ class RoundCloser:
         agreed, scores = self._consensus(run, work, replies, readers, spec)
         compensated = agreed is not None and any(one.compensation != "none" for one in rules)
         moments = self._moments(model, spec, work, replies, readers) if compensated else None
-        return _Learned(model, spec, replies, trained, update, lost, agreed, scores, moments)
+        spared, plan = agreed, self._config.plan
+        spares = any(plan.spares_redundant(one.compensation) for one in rules)
+        if agreed is not None and moments is not None and spares:
+            spared = irreplaceable(agreed, model, moments)
+        return _Learned(
+            model, spec, replies, trained, update, lost, agreed, spared, scores, moments
+        )
 
     def _end(self, run: int, work: Work, learned: "_Learned", rule: CutRule | None) -> "_End":
         """The round's end by a rule, on disk."""
         model, spec, mask, scores = learned.model, learned.spec, work.base.mask, learned.scores
         lost, cut = learned.lost, None
-        if rule is not None and learned.agreed is not None:
-            counted = self._counted(learned, rule)
+        spares = rule is not None and self._config.plan.spares_redundant(rule.compensation)
+        counted = learned.spared if spares else learned.agreed
+        if rule is not None and counted is not None:
             scores = [gone_by(row, counted) for row in scores]
             mask = self._choose(run, counted, mask, rule.budget)
         if rule is not None and mask != work.base.mask:
@@ -310,22 +319,15 @@ class RoundCloser:
         readers: Sequence[ReplyReader],
     ) -> Moments | None:
         """On source images, where there are some, and with what farms sent of theirs."""
-        parts = [] if self._source is None else [collect_moments(model, self._source(spec))]
+        found = None if self._source is None else collect_moments(model, self._source(spec))
+        if work.moments is None:
+            return found
         for row, reader in zip(replies, readers, strict=True):
-            sent = None if work.moments is None else reader.optional("moments")
-            if sent is not None and work.moments is not None:
+            sent = reader.optional("moments")
+            if sent is not None:
                 weight = float(row.examples * backbone.tokens(spec))
-                parts.append(unpack(sent, spec, work.moments, weight))
-                parts = [together(parts)]  # one at a time: each is as large as the backbone
-        return parts[0] if parts else None
-
-    def _counted(self, learned: "_Learned", rule: CutRule) -> UnitScores:
-        """The scores that the mask goes by."""
-        assert learned.agreed is not None
-        spares = self._config.plan.spares_redundant(rule.compensation)
-        if learned.moments is None or not spares:
-            return learned.agreed
-        return irreplaceable(learned.agreed, learned.model, learned.moments)
+                found = together(found, unpack(sent, spec, work.moments, weight))
+        return found
 
     def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
         """The mask of a prune event; one that was undone in this run is not tried again."""
@@ -350,16 +352,23 @@ class RoundCloser:
             compensated, _ = prune_compensated(model, spec, keep, moments, rule.compensation)
         cut = Cut.between(pruned, compensated, keep, base.digest)
         cut.compensate(pruned)
-        if self._source is not None:
-            seed, coral = self._config.seed, self._config.train.dal == "coral"
-            anchors = compute_anchors(pruned, self._source(pruned_spec), seed, coral)
-            self._models.save_anchors(after.digest, anchors)
         return pruned, pruned_spec, cut
+
+    def _keep_anchors(self, end: "_End") -> None:
+        """Of what is left after a cut, where there are source images."""
+        if self._source is not None:
+            model, spec = end.network
+            seed, coral = self._config.seed, self._config.train.dal == "coral"
+            anchors = compute_anchors(model, self._source(spec), seed, coral)
+            self._models.save_anchors(end.mask.digest, anchors)
 
 
 @dataclass(frozen=True, eq=False)
 class _Learned:
-    """A round's replies as one: the backbone with their update, and what they agree on."""
+    """A round's replies as one: the backbone with their update, and what they agree on.
+
+    ``spared`` is that, less what other units can say instead, where a rule asks for it.
+    """
 
     model: VisionTransformer
     spec: ModelSpec
@@ -368,6 +377,7 @@ class _Learned:
     update: codec.Bytes
     lost: codec.Floats
     agreed: UnitScores | None
+    spared: UnitScores | None
     scores: Sequence[ScoreRow]
     moments: Moments | None
 

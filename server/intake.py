@@ -13,8 +13,7 @@ from common.compress import expand
 from common.config import ServerConfig
 from common.errors import ModelError, ProtocolError, RejectReason
 from common.mask import Mask
-from common.messages import AlignReply, EvaluateReply, HelloReply, Refusal, Reply
-from common.moments import Extent
+from common.messages import AlignReply, EvaluateReply, Extent, HelloReply, Refusal, Reply
 from common.networks import Network
 from common.spec import Spec
 from common.surgery import slice_flat

@@ -31,13 +31,13 @@ from common.errors import (
 from common.files import only_one
 from common.mask import Mask
 from common.messages import (
-    TRIAL,
     AlignRequest,
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
     Refusal,
     Reply,
+    is_trial,
 )
 from common.plan import PlanConfig
 from server.close import Base, Work
@@ -103,7 +103,7 @@ class RegionLoop(RoundLoop):
         """Those that the centre had judged and has not gone on with; they are large."""
         kept = {row.digest for row in self._store.candidates(self.run).values()}
         for row in self._store.reports(self.run):
-            if row.label.startswith(TRIAL) and row.base not in kept:
+            if is_trial(row.label) and row.base not in kept:
                 self._models.discard(row.base)
 
     def judge(self, asked: EvaluateRequest, base: Base, region: str, fewest: int) -> EvaluateReply:
@@ -228,7 +228,7 @@ class Player:
             loop.adopt(base, asked.round)
             return loop.learn(asked, base, self._name, self._region.fewest)
         # a draft judges nothing but itself; any other report comes after the end of its round
-        loop.adopt(base, asked.round + (not asked.label.startswith(TRIAL)))
+        loop.adopt(base, asked.round + (not is_trial(asked.label)))
         return loop.judge(asked, base, self._name, self._region.fewest)
 
     def _run_of(self, order: Order, base: Base) -> RegionLoop:

@@ -18,7 +18,7 @@ from common.config import RoundConfig
 from common.errors import DiskError, FieldfedError, StateError
 from common.logs import bound
 from common.mask import Mask
-from common.moments import Extent
+from common.messages import Extent
 from server.close import Base, RoundCloser, SourceBatches, Work
 from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
 from server.guard import accuracies, judge

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import RejectReason
-from common.messages import TRIAL
+from common.messages import is_trial
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 RoundKind: TypeAlias = Literal["align", "evaluate"]
@@ -20,7 +20,7 @@ GUARD = "guard"
 
 def on_the_way(label: str) -> bool:
     """Whether reports of this label are a means to the run's end, not what it came to."""
-    return label == GUARD or label.startswith(TRIAL)
+    return label == GUARD or is_trial(label)
 
 
 @dataclass(frozen=True)

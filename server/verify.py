@@ -6,8 +6,7 @@ import numpy as np
 
 from common import codec
 from common.errors import ProtocolError, RejectReason
-from common.messages import AlignReply, Array, EvaluateReply
-from common.moments import Extent
+from common.messages import AlignReply, Array, EvaluateReply, Extent
 from common.moments import check as check_moments
 from common.scores import decode_neurons
 from common.spec import ModelSpec, Spec

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from common.backbone import build, dense_spec, tokens
 from common.errors import ProtocolError, RejectReason
 from common.mask import Mask
-from common.moments import Extent, check, pack, together, unpack
+from common.messages import Extent
+from common.moments import check, pack, together, unpack
 from common.surgery import Moments, collect_moments, prune_compensated
 
 SPEC = dense_spec("vit_tiny_patch16_224", 32, {"depth": 2, "embed_dim": 24, "num_heads": 3})
@@ -49,7 +50,8 @@ def test_of_heads_alone_nothing_is_said_of_neurons() -> None:
 
 def test_sums_of_two_farms_are_those_of_all_their_images() -> None:
     one, two = moments(0, 4), moments(1, 9)
-    found = together([one, two, unpack(pack(one, "heads"), SPEC, "heads", 4.0 * tokens(SPEC))])
+    again = unpack(pack(one, "heads"), SPEC, "heads", 4.0 * tokens(SPEC))
+    found = together(together(together(None, one), two), again)
     for layer in range(SPEC.depth):
         expected = 2 * one.heads[layer] + two.heads[layer]
         assert float((found.heads[layer] - expected).abs().max() / expected.abs().max()) < 1e-3
