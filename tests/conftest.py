@@ -29,16 +29,20 @@ def _ctrl_c_is_heard() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands that a test calls set up logging; the next test must not notice."""
+def _logging_as_at_the_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands set logging up; no test notices what an earlier one, or a fixture, has called."""
     monkeypatch.setenv(STYLE_VARIABLE, "text")
-    rooms = [logging.getLogger(name) for name in ("common", "server", "client")]
-    before = [(list(room.handlers), room.propagate, room.level) for room in rooms]
+    _forget_logging()
     yield
-    for room, (handlers, propagate, level) in zip(rooms, before, strict=True):
-        room.handlers[:] = handlers
-        room.propagate = propagate
-        room.setLevel(level)
+    _forget_logging()
+
+
+def _forget_logging() -> None:
+    for name in ("common", "server", "client"):
+        room = logging.getLogger(name)
+        room.handlers.clear()
+        room.propagate = True
+        room.setLevel(logging.NOTSET)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -234,10 +234,9 @@ def test_a_farm_that_came_later_is_sent_the_teacher_first(tmp_path: Path) -> Non
 
 
 def test_a_farm_of_an_older_release_is_not_asked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     school = School(tmp_path, 3)
-    monkeypatch.setattr(logging.getLogger("server"), "propagate", True)
     with caplog.at_level(logging.WARNING, "server"):
         link = school.teach(older(2), rounds=1)
     assert {node for node, _ in link.requests} == {1, 3}
