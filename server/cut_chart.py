@@ -26,6 +26,7 @@ def cut_panel(cut: CutPoint) -> Element:
     """The picture of one event with its heading, and its figures as a table."""
     words = "Each row is a head, every dot a farm. The bar decided: all farms together, by default"
     words += " only as far as the other heads cannot say the same."
+    words += f" Before it, {cut.tried}." if cut.tried else ""
     words += " Brought back later, for it cost too much." if cut.undone else ""
     title = f"Heads removed after round {cut.round}, and the closest that stayed"
     farms = sorted({farm for row in cut.rows for farm in row.farms})

@@ -14,6 +14,7 @@ from server.masks import masks_of
 from server.rows import RunRow, ScoreRow
 from server.store import Store
 from server.story import CutHead, CutPoint
+from server.trial import outcome
 
 CLOSEST = 6
 """Heads that stayed, beside those that went."""
@@ -23,6 +24,7 @@ def cuts(store: Store, run: RunRow) -> tuple[CutPoint, ...]:
     """The events of a run that removed heads, in order."""
     masks = masks_of(store, run)
     undone = {row.event for row in store.verdicts(run.run) if not row.accepted}
+    trials = store.trials(run.run)
     found = []
     for number, rows in store.scores(run.run).items():
         together = next((row for row in rows if row.farm is None), None)
@@ -31,7 +33,9 @@ def cuts(store: Store, run: RunRow) -> tuple[CutPoint, ...]:
         before, kept = masks.by_digest[together.mask], masks.after[number]
         if kept.heads != before.heads:
             own = [row for row in rows if row.farm is not None and row.mask == together.mask]
-            found.append(_cut(number, together, own, before, kept, number in undone))
+            tried = outcome(trials[number]) if number in trials else ""
+            cut = _cut(number, together, own, before, kept)
+            found.append(cut.model_copy(update={"undone": number in undone, "tried": tried}))
     return tuple(found)
 
 
@@ -41,7 +45,6 @@ def _cut(
     own: Sequence[ScoreRow],
     before: Mask,
     after: Mask,
-    undone: bool,
 ) -> CutPoint:
     units = [(block, head) for block, kept in enumerate(before.heads) for head in kept]
     stays = np.array([head in after.heads[block] for block, head in units])
@@ -56,7 +59,6 @@ def _cut(
         heads=len(units),
         left=int(stays.sum()),
         threshold=threshold,
-        undone=undone,
         rows=tuple(
             CutHead(
                 block=units[at][0],

@@ -10,6 +10,7 @@ from server.facts import Facts, RegistryFacts, Sources
 from server.rows import RunRow
 from server.story import percent
 from server.telemetry import TelemetryStore
+from server.trial import outcome
 
 Tone = Literal["good", "warn", "bad", "calm"]
 Kind = Literal["run", "round", "cut", "reply", "farm", "version", "rollout", "device", "action"]
@@ -97,6 +98,10 @@ def _of_rounds(facts: Facts, run: RunRow) -> Iterator[Event]:
 
 def _of_cuts(facts: Facts, run: RunRow) -> Iterator[Event]:
     when = {row.round: row.finished for row in facts.rounds(run.run) if row.kind == "align"}
+    for event, tried in facts.trials(run.run).items():
+        at = when.get(event) or run.finished or run.started
+        title = f"{len(tried)} cuts were tried after round {event} of run {run.run}"
+        yield Event(at, "cut", "calm", title, outcome(tried))
     for row in facts.verdicts(run.run):
         at = when.get(row.judged) or when.get(row.event) or run.finished or run.started
         fate: tuple[Tone, str] = ("good", "accepted") if row.accepted else ("bad", "undone")

@@ -210,7 +210,23 @@ _SEVENTH: Migration = (
     "ALTER TABLE scores ADD COLUMN mmd2 BLOB",
 )
 
-MIGRATIONS: tuple[Migration, ...] = (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH)
+# Cuts that farms tried before one of them was made.
+_EIGHTH: Migration = (
+    """CREATE TABLE trials (
+        run INTEGER NOT NULL REFERENCES runs,
+        event INTEGER NOT NULL,
+        place INTEGER NOT NULL,
+        rule TEXT NOT NULL,
+        farms INTEGER NOT NULL,
+        accuracy REAL,
+        made INTEGER NOT NULL CHECK (made IN (0, 1)),
+        PRIMARY KEY (run, event, place)
+    ) STRICT, WITHOUT ROWID""",
+)
+
+MIGRATIONS: tuple[Migration, ...] = (
+    *(_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH, _SIXTH, _SEVENTH, _EIGHTH),
+)
 
 
 def version_of(connection: sqlite3.Connection) -> int:

@@ -35,7 +35,7 @@ from server.search import planned
 from server.settings import RunSettings
 from server.spool import Spool
 from server.store import Store
-from server.trial import best_rule, trial_label
+from server.trial import Tried, outcome, trial_label, weighed
 
 log = logging.getLogger(__name__)
 
@@ -239,13 +239,17 @@ class RoundLoop:
             label = trial_label(base.digest)
             self._report(label, work.number, base, part="decide")
             reports = self._store.reports(self.run, label)
-            tried.append((rule, {row.farm: row.accuracy for row in reports}))
+            tried.append(Tried(rule, {row.farm: row.accuracy for row in reports}))
             drafts.append(base.digest)
-        best = best_rule(tried) if tried else rules[0]
-        for (rule, _), digest in zip(tried, drafts, strict=True):
-            if rule != best:
+        if not tried:
+            return rules[0]
+        rows = weighed(work.number, tried)
+        self._store.keep_trials(self.run, work.number, rows)
+        log.info("%s", outcome(rows))
+        for row, digest in zip(rows, drafts, strict=True):
+            if not row.made:
                 self._models.discard(digest)
-        return best
+        return next(one.rule for one, row in zip(tried, rows, strict=True) if row.made)
 
     def _gather(self, work: Work) -> bool:
         """Have the farms' replies on disk; False when their privacy allows no further round."""

@@ -149,6 +149,21 @@ class VerdictRow:
 
 
 @dataclass(frozen=True)
+class TrialRow:
+    """A cut that was tried after round ``event``, and whether it is the one that was made.
+
+    ``rule`` says for people what tells it from the others; ``accuracy`` is the mean decide accuracy
+    over ``farms`` that judged all of them, None where no farm did.
+    """
+
+    event: int
+    rule: str
+    farms: int
+    accuracy: float | None
+    made: bool
+
+
+@dataclass(frozen=True)
 class RejectionRow:
     """A reply in quarantine, or one that never came."""
 

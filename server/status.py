@@ -1,5 +1,7 @@
 """What an operator sees while a run goes on: one snapshot of the store, as JSON or as tables."""
 
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from common.mask import Mask
 from common.scores import UnitScores
 from server import privacy
 from server.consensus import rank_correlation
-from server.rows import FarmRow, RunRow, on_the_way
+from server.rows import FarmRow, RunRow, TrialRow, on_the_way
 from server.store import Store, opened_run
 from server.story import percent, size_text
+from server.trial import outcome
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -50,6 +53,7 @@ def _run(store: Store, run: RunRow) -> dict[str, Any]:
             }
             for row in store.verdicts(run.run)
         ],
+        "tried": [vars(row) for rows in store.trials(run.run).values() for row in rows],
         "privacy": privacy.snapshot(store, run),
         "agreement": _agreement(store, run.run),
         "rejected": {reason: count for reason, count in rejected.items() if count},
@@ -163,6 +167,9 @@ def show(values: dict[str, Any]) -> Group:
         )
     if values["privacy"] is not None:
         parts.append(Text(privacy.describe(values["privacy"])))
+    for event, tried in groupby(values["tried"], key=itemgetter("event")):
+        said = outcome([TrialRow(**row) for row in tried])
+        parts.append(Text(f"after round {event} {said}"))
     for row in values["verdicts"]:
         parts.append(
             Text(

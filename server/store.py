@@ -32,6 +32,7 @@ from server.rows import (
     RunRow,
     ScoreRow,
     TrafficRow,
+    TrialRow,
     VerdictRow,
 )
 
@@ -255,6 +256,26 @@ class Store(Records):
         names = VerdictRow.__dataclass_fields__
         values = [{name: row[name] for name in names} for row in found]
         return [VerdictRow(**row | {"accepted": bool(row["accepted"])}) for row in values]
+
+    def keep_trials(self, run: int, event: int, rows: Sequence[TrialRow]) -> None:
+        """What was tried before the cut after round ``event``; what was noted of it goes."""
+        with self._writing(durable=False) as db:
+            db.execute("DELETE FROM trials WHERE run = ? AND event = ?", (run, event))
+            db.executemany(
+                "INSERT INTO trials (run, place, event, rule, farms, accuracy, made) "
+                "VALUES (:run, :place, :event, :rule, :farms, :accuracy, :made)",
+                [{"run": run, "place": place, **vars(row)} for place, row in enumerate(rows)],
+            )
+
+    def trials(self, run: int) -> dict[int, list[TrialRow]]:
+        """Cuts that were tried by the round that they would have ended, in order."""
+        found = self._select("SELECT * FROM trials WHERE run = ? ORDER BY event, place", run)
+        events: dict[int, list[TrialRow]] = {}
+        for row in found:
+            values = {name: row[name] for name in TrialRow.__dataclass_fields__}
+            made = TrialRow(**values | {"made": bool(row["made"])})
+            events.setdefault(row["event"], []).append(made)
+        return events
 
     def last_committed(self, run: int) -> tuple[int, CandidateRow] | None:
         """Number and candidate of the last committed round of alignment."""

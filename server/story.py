@@ -100,6 +100,7 @@ class CutPoint(Chapter):
     left: Count
     threshold: Finite = Field(description="between the heads that went and those that stayed")
     undone: bool = Field(default=False, description="the accuracy guard brought them back")
+    tried: str = Field(default="", description="what farms tried before, and what came of it")
     rows: tuple[CutHead, ...] = Field(min_length=1, description="the least worth first")
 
 

@@ -5,15 +5,14 @@ classifier refitted to it; over farms that judged all of them, the best mean win
 first. Every draft costs a farm the download of one cut, and nothing is trained on it.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from common.messages import TRIAL
 from server.plan import CutRule
-
-log = logging.getLogger(__name__)
+from server.rows import TrialRow
 
 
 def trial_label(digest: str) -> str:
@@ -21,18 +20,34 @@ def trial_label(digest: str) -> str:
     return f"{TRIAL}{digest[:12]}"
 
 
-def best_rule(tried: Sequence[tuple[CutRule, Mapping[str, float]]]) -> CutRule:
-    """The rule that is made use of.
+@dataclass(frozen=True)
+class Tried:
+    """A rule, with the decide accuracy of what it yields, by farm."""
+
+    rule: CutRule
+    judged: Mapping[str, float]
+
+
+def weighed(event: int, tried: Sequence[Tried]) -> list[TrialRow]:
+    """The outcome, in the order given: exactly one is to be made.
 
     Args:
-        tried: rules, with the decide accuracy of what they yield, by farm; not empty.
+        event: the round that the cut ends.
+        tried: not empty.
     """
-    judges = set.intersection(*(set(judged) for _, judged in tried))
-    if not judges:
-        log.warning("no farm judged all of %d cuts; the first is made", len(tried))
-        return tried[0][0]
-    means = [float(np.mean([judged[farm] for farm in sorted(judges)])) for _, judged in tried]
-    best = int(np.argmax(means))
-    said = ", ".join(f"{rule} {mean:.4f}" for (rule, _), mean in zip(tried, means, strict=True))
-    log.info("%d farms tried %s: %s is made", len(judges), said, tried[best][0])
-    return tried[best][0]
+    judges = sorted(set.intersection(*(set(one.judged) for one in tried)))
+    means = [float(np.mean([one.judged[farm] for farm in judges])) for one in tried if judges]
+    best = int(np.argmax(means)) if judges else 0
+    return [
+        TrialRow(event, str(one.rule), len(judges), means[at] if judges else None, at == best)
+        for at, one in enumerate(tried)
+    ]
+
+
+def outcome(rows: Sequence[TrialRow]) -> str:
+    """One event's trials in a sentence."""
+    made = next(row.rule for row in rows if row.made)
+    if not rows[0].farms:
+        return f"no farm judged all of {len(rows)} cuts; the first is made ({made})"
+    said = ", ".join(f"{row.rule} {100 * (row.accuracy or 0):.1f} %" for row in rows)
+    return f"{rows[0].farms} farms tried {said}: {made} is made"

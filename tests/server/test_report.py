@@ -249,13 +249,15 @@ def marks_of(figure: Element, kind: str) -> list[Element]:
 
 def test_every_prune_event_has_a_picture_with_words(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    write_report(story(cuts=(cut_of(), cut_of(round=4, undone=True))), out, {})
+    tried = "3 farms tried bias 80.0 %, none 70.0 %: bias is made"
+    write_report(story(cuts=(cut_of(), cut_of(round=4, undone=True, tried=tried))), out, {})
     page, reader = out.read_text(), Reader()
     reader.feed(page)
     for number in (2, 4):
         assert f"<title>Prune event after round {number}</title>" in page
         assert f"Heads removed after round {number}, and the closest that stayed" in page
     assert page.count("Brought back later, for it cost too much.") == 1
+    assert page.count(f"Before it, {tried}.") == 1
     assert len(reader.having("cut-all")) == 2 * (3 + 1)  # a bar for each head, and the key
     assert NASTY not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)

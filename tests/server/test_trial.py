@@ -1,21 +1,28 @@
 """Several cuts are tried where farms decide, and the best is made."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 import server.rounds
 from common.budget import Budget
 from common.messages import TRIAL, AlignRequest, EvaluateRequest, Reply, Request
 from common.plan import MOST_TRIED, PlanConfig
+from server.cuts import cuts
+from server.events import events
+from server.facts import sources
 from server.plan import CutRule
-from server.rows import CandidateRow, ReportRow
-from server.status import snapshot
+from server.rows import CandidateRow, ReportRow, TrialRow
+from server.status import show, snapshot
 from server.store import opened_run
-from server.trial import best_rule, trial_label
+from server.trial import Tried, outcome, trial_label, weighed
 from tests.lab.network import Lab
 from tests.lab.regions import Regions
 
@@ -32,16 +39,38 @@ A, B, C = (CutRule(Budget(macs_kept=0.5, heads_per_neurons=one), "bias") for one
 # --- the choice ----------------------------------------------------------------------------------
 
 
+def made(*tried: Tried) -> tuple[str, int]:
+    """The rule that is made, and how many judged."""
+    rows = weighed(2, tried)
+    assert [row.rule for row in rows] == [str(one.rule) for one in tried]
+    (best,) = (row for row in rows if row.made)
+    return best.rule, best.farms
+
+
 def test_the_best_mean_of_farms_that_judged_all_wins() -> None:
-    tried = [(A, {"x": 0.9, "y": 0.9}), (B, {"x": 0.8, "y": 0.2, "z": 1.0}), (C, {"x": 0.95})]
-    assert best_rule(tried) == C
-    assert best_rule(tried[:2]) == A
+    tried = [
+        Tried(A, {"x": 0.9, "y": 0.9}),
+        Tried(B, {"x": 0.8, "y": 0.2, "z": 1.0}),
+        Tried(C, {"x": 0.95}),
+    ]
+    assert made(*tried) == (str(C), 1)
+    assert made(*tried[:2]) == (str(A), 2)
+    assert [row.accuracy for row in weighed(2, tried[:2])] == [0.9, 0.5]
 
 
 def test_of_equals_the_first_wins_and_without_a_judge_too() -> None:
-    assert best_rule([(B, {"x": 0.5}), (A, {"x": 0.5})]) == B
-    assert best_rule([(B, {"x": 0.5}), (A, {"y": 0.9})]) == B
-    assert best_rule([(B, {})]) == B
+    assert made(Tried(B, {"x": 0.5}), Tried(A, {"x": 0.5})) == (str(B), 1)
+    assert made(Tried(B, {"x": 0.5}), Tried(A, {"y": 0.9})) == (str(B), 0)
+    assert made(Tried(B, {})) == (str(B), 0)
+
+
+def test_an_operator_reads_what_was_tried() -> None:
+    rows = weighed(2, [Tried(A, {"x": 0.9, "y": 0.8}), Tried(B, {"x": 1.0, "y": 0.9})])
+    told = "2 farms tried 0.3 heads per neurons and bias 85.0 %, 0.7 heads per neurons and bias "
+    assert outcome(rows) == told + "95.0 %: 0.7 heads per neurons and bias is made"
+    nobody = weighed(2, [Tried(B, {"x": 0.5}), Tried(A, {"y": 0.9})])
+    told = "no farm judged all of 2 cuts; the first is made (0.7 heads per neurons and bias)"
+    assert outcome(nobody) == told
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -104,18 +133,36 @@ def test_other_drafts_are_gone_and_show_nowhere(lab: Lab) -> None:
     assert len(bases) == 4
     assert left & bases == {end.candidates[1].digest}
     told = snapshot(lab.server_dir)
-    assert TRIAL not in str(told)
+    assert TRIAL not in str(told), "reports on drafts are no results"
 
 
-def first(tried: Sequence[tuple[CutRule, object]]) -> CutRule:
-    return tried[0][0]
+def test_status_events_and_report_say_what_was_tried(lab: Lab) -> None:
+    end, told = End(lab.server_dir), snapshot(lab.server_dir)
+    assert json.loads(json.dumps(told))["tried"] == told["tried"]
+    means = sorted(end.mean(label) for label in end.trials)
+    assert sorted(row["accuracy"] for row in told["tried"]) == pytest.approx(means)
+    assert [row["event"] for row in told["tried"]] == [1] * 4
+    (best,) = (row for row in told["tried"] if row["made"])
+    assert best["accuracy"] == pytest.approx(means[-1])
+    words = f"{best['rule']} is made"
+    console = Console(width=2000, record=True, file=StringIO())
+    console.print(show(told))
+    assert words in console.export_text()
+    with sources(lab.server_dir, 0) as found:
+        assert [one.detail for one in events(found, "cut") if words in one.detail]
+    with opened_run(lab.server_dir) as (store, run):
+        assert all(words in cut.tried for cut in cuts(store, run))
+
+
+def first(event: int, tried: Sequence[Tried]) -> list[TrialRow]:
+    return [replace(row, made=at == 0) for at, row in enumerate(weighed(event, tried))]
 
 
 def test_no_farm_downloads_the_cut_a_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the first of four is what a farm would be the first to throw away
-    monkeypatch.setattr(server.rounds, "best_rule", first)
+    monkeypatch.setattr(server.rounds, "weighed", first)
     lab = Lab(tmp_path, 2, **RULES)
     link = lab.run()
     trials = [
