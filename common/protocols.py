@@ -49,6 +49,11 @@ PROTOCOL = max(SCHEMAS)
 """What this release speaks by itself."""
 
 
+def older(protocol: int | None) -> bool:
+    """Whether who speaks this, where that is known, is of a release before this one."""
+    return protocol is not None and protocol < PROTOCOL
+
+
 class Addition(NamedTuple):
     """A field of a message, or with ``value`` one value of it."""
 

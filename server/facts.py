@@ -59,6 +59,7 @@ class FarmFacts:
     accuracy: Mapping[int, float]
     tested: float | None
     paused: str | None
+    protocol: int | None
     version: int | None = None
 
     @property
@@ -230,6 +231,7 @@ class Facts(Figures):
                 accuracy=history.get(row.farm, {}),
                 tested=tested.get(row.farm),
                 paused=paused.get(row.farm),
+                protocol=row.protocol,
             )
             for row in newest
         ]

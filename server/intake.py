@@ -112,7 +112,9 @@ class Intake:
         self._requests.farm_holds(node, reply.held)
         if reply.hub:
             self._requests.farm_fetches(node)
-        self._store.upsert_farm(self._run, node, reply.farm, reply.examples, reply.classes)
+        self._store.upsert_farm(
+            *(self._run, node, reply.farm, reply.examples, reply.classes, reply.protocol)
+        )
         log.info("farm %s: %d images, %d classes", reply.farm, reply.examples, reply.classes)
         return Verdict.ACCEPTED
 

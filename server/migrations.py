@@ -210,8 +210,9 @@ _SEVENTH: Migration = (
     "ALTER TABLE scores ADD COLUMN mmd2 BLOB",
 )
 
-# Cuts that farms tried before one of them was made.
+# Cuts that farms tried before one of them was made; farms of an older release.
 _EIGHTH: Migration = (
+    "ALTER TABLE farms ADD COLUMN protocol INTEGER",
     """CREATE TABLE trials (
         run INTEGER NOT NULL REFERENCES runs,
         event INTEGER NOT NULL,

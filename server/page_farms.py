@@ -2,6 +2,7 @@
 
 from xml.etree.ElementTree import Element
 
+from common.protocols import older
 from server import charts
 from server.alerts import HEARD_SECONDS
 from server.facts import FarmFacts, Sources
@@ -53,7 +54,7 @@ def farms_page(sources: Sources, now: float) -> list[Element | None]:
 
 def _line(one: FarmFacts, serves: int | None, now: float) -> list[Child]:
     return [
-        node("span", farm_link(one.farm), _presence(one, now)),
+        node("span", farm_link(one.farm), _presence(one, now), _release(one)),
         sparkline(one),
         percent(one.latest),
         percent(one.tested),
@@ -71,6 +72,10 @@ def _presence(one: FarmFacts, now: float) -> Element:
         return pill("paused", "bad")
     online = now - one.last_seen < HEARD_SECONDS
     return pill("online", "good") if online else pill("silent", "calm")
+
+
+def _release(one: FarmFacts) -> Element | None:
+    return pill("older release", "warn") if older(one.protocol) else None
 
 
 def sparkline(one: FarmFacts) -> Element | str:
@@ -114,7 +119,7 @@ def farm_page(sources: Sources, farm: str, now: float) -> list[Element | None] |
     note = node("span", f"{one.examples} images in {one.classes} classes, last seen ")
     note.append(moment(one.last_seen))
     return [
-        heading(one.farm, note, _presence(one, now)),
+        heading(one.farm, note, _presence(one, now), _release(one)),
         _paused(one),
         _figures(sources, run.run, one),
         _chart(sources, run.run, one),

@@ -43,7 +43,7 @@ class RunRow:
 
 @dataclass(frozen=True)
 class FarmRow:
-    """A farm of a run, as it introduced itself."""
+    """A farm of a run, as it introduced itself; no ``protocol`` where an older server wrote it."""
 
     node: int
     farm: str
@@ -51,6 +51,7 @@ class FarmRow:
     classes: int
     last_seen: float
     rejected: int
+    protocol: int | None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.mask import Mask
+from common.protocols import older
 from common.scores import UnitScores
 from server import privacy
 from server.consensus import rank_correlation
@@ -112,6 +113,7 @@ def _farms(store: Store, run: int) -> list[dict[str, Any]]:
                 "farm": farm,
                 "images": newest.examples,
                 "classes": newest.classes,
+                "protocol": newest.protocol,
                 "reports": reports.get(farm, {}),
                 "bytes_up": sum(line.bytes_up for line in traffic if line.farm == farm),
                 "bytes_down": sum(line.bytes_down for line in traffic if line.farm == farm),
@@ -178,6 +180,10 @@ def show(values: dict[str, Any]) -> Group:
                 f"{100 * row['drop_ratio']:+.1f} points lost over {row['farms']} farms"
             )
         )
+    for row in values["farms"]:
+        if older(row["protocol"]):
+            words = f"{row['farm']} runs an older release (protocol {row['protocol']}); upgrade it"
+            parts.append(Text(words, "bold"))
     for farm, reason in values["paused"].items():
         parts.append(Text(f"paused: {farm} ({reason})", "bold"))
     if values["rejected"]:

@@ -123,14 +123,22 @@ class Store(Records):
 
     # --- farms -----------------------------------------------------------------------------
 
-    def upsert_farm(self, run: int, node: int, farm: str, examples: int, classes: int) -> None:
+    def upsert_farm(
+        self,
+        run: int,
+        node: int,
+        farm: str,
+        examples: int,
+        classes: int,
+        protocol: int | None = None,
+    ) -> None:
         """A farm introduced itself, perhaps again."""
         self._change(
-            "INSERT INTO farms (run, node, farm, examples, classes, last_seen) "
-            "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET farm = excluded.farm, "
+            "INSERT INTO farms (run, node, farm, examples, classes, protocol, last_seen) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET farm = excluded.farm, "
             "examples = excluded.examples, classes = excluded.classes, "
-            "last_seen = excluded.last_seen",
-            *(run, node, farm, examples, classes, time.time()),
+            "protocol = excluded.protocol, last_seen = excluded.last_seen",
+            *(run, node, farm, examples, classes, protocol, time.time()),
             durable=False,
         )
 

@@ -1,14 +1,20 @@
 """Server and farms of different releases in one run."""
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import tostring
 
 import pytest
+from rich.console import Console
 
 from common import protocols
 from common.errors import RejectReason
 from common.messages import AlignRequest, Refusal, Reply, Request
 from common.protocols import PROTOCOL
+from server.facts import sources
+from server.page_farms import farm_page, farms_page
+from server.status import show, snapshot
 from tests.lab.link import Fault
 from tests.lab.network import Lab
 
@@ -55,6 +61,16 @@ def test_an_older_farm_takes_part_as_any_other(tmp_path: Path) -> None:
     }
     assert not rejected(mixed)
     assert candidates(mixed) == candidates(plain)
+    told = snapshot(mixed.server_dir)
+    assert [row["protocol"] for row in told["farms"]] == [PROTOCOL, OLD, PROTOCOL]
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(show(told))
+    words = f"farm1 runs an older release (protocol {OLD}); upgrade it"
+    assert [line for line in console.export_text().splitlines() if "older" in line] == [words]
+    with sources(mixed.server_dir, 0) as found:
+        pages = [farms_page(found, 0.0), *(farm_page(found, f"farm{one}", 0.0) for one in range(3))]
+    drawn = ["".join(tostring(part, "unicode") for part in page or () if part) for page in pages]
+    assert [page.count("older release") for page in drawn] == [1, 0, 1, 0]
 
 
 def test_an_older_farm_sends_no_moments_and_the_others_do(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from common.config import ServerConfig
 from common.errors import ConfigError, LaunchError, StateError
 from common.messages import AlignReply, Reply, Request
 from common.processes import Child, free_port, port_is_free, wait_for_port
+from common.protocols import PROTOCOL
 from common.services import PageConfig
 from common.settings import load_settings
 from common.spec import saved_spec
@@ -767,8 +768,8 @@ def test_a_large_network_is_shown_within_seconds(folder: Path) -> None:
         db.execute("PRAGMA foreign_keys = OFF")
         db.execute("DELETE FROM rounds WHERE kind = 'align' AND round > 1")
         db.executemany(
-            "INSERT INTO farms VALUES (1, ?, ?, 40, 3, ?)",
-            [(10 + n, f"f{n:04d}", time.time()) for n in range(farms)],
+            "INSERT INTO farms VALUES (1, ?, ?, 40, 3, ?, ?)",
+            [(10 + n, f"f{n:04d}", time.time(), PROTOCOL) for n in range(farms)],
         )
         db.executemany(
             "INSERT INTO rounds SELECT run, ?, kind, attempt, base, mask, quorum, deadline, state, "
