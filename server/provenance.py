@@ -22,12 +22,17 @@ def provenance(command: str, seed: int, config: ServerConfig | None = None) -> P
     )
 
 
-def commit() -> str:
-    """The checkout's commit, marked when files differ from it; else the release."""
-    root = Path(__file__).parent.parent
+def commit(root: Path = Path(__file__).parent.parent) -> str:
+    """The checkout's commit, marked when the program differs from it; else the release.
+
+    Args:
+        root: of the checkout.
+    """
+    # what a benchmark has measured so far does not change what it measures
+    program = ("--", ".", ":(exclude)bench-output")
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", *program)
     except (OSError, subprocess.SubprocessError):
         return f"release {version('fieldfed')}"
     return f"{head} with uncommitted changes" if changed else head
