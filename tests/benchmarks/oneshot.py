@@ -21,9 +21,10 @@ from torch.nn import functional
 
 from client.criteria import Scoring, score
 from client.scores import FarmScores
-from common import backbone, fit
+from common import backbone, fit, moments
 from common.anchors import Anchors, compute_anchors
 from common.budget import Budget, choose_mask
+from common.codec import Bytes
 from common.config import BackboneConfig, TrainConfig
 from common.images import FarmFolder, Part, Purpose, open_folder
 from common.mask import Mask
@@ -45,8 +46,14 @@ WARM_UP = 3
 FIXED, REFITTED = "fixed", "refitted"
 TORCH_PRUNING = "torch-pruning"
 PLAIN = "taylor, redundancy ignored"
-SPARING = ("taylor", "taha")
+FARMS = "taylor, moments of farms"
+SPARING = ("taylor", "taha", FARMS)
 """Criteria whose scores count only what other units cannot say; the others are as published."""
+
+
+def scored_by(name: str) -> Criterion:
+    """The criterion of a row of the table; farms know nothing of its variants."""
+    return "taylor" if name in (PLAIN, FARMS) else name  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,15 @@ def score_farm(checkpoint: Checkpoint, name: str, criterion: Criterion) -> tuple
     return len(part), score(criterion, scoring)
 
 
+def moments_farm(checkpoint: Checkpoint, name: str) -> tuple[int, Bytes]:
+    """Images of a farm's fit part, and what it sends of second moments on them."""
+    model, spec = backbone.load_backbone(checkpoint.path)
+    part = _images(checkpoint, name).fit
+    with torch.inference_mode():
+        found = collect_moments(model, (images for images, _ in part.batches(spec, 32)))
+    return len(part), moments.pack(found, "all")
+
+
 def gradient_farm(checkpoint: Checkpoint, name: str) -> tuple[int, dict[str, Tensor]]:
     """Images of a farm's fit part, and the gradient of their mean cross-entropy by parameter."""
     model, spec = backbone.load_backbone(checkpoint.path)
@@ -222,9 +238,9 @@ class Bench:
         self._checkpoint, self._farms, self._pool = checkpoint, list(farms), pool
         self._model, self.dense = backbone.load_backbone(checkpoint.path)
         self._scores: dict[Criterion, UnitScores] = {}
-        self._spared: dict[Criterion, UnitScores] = {}
+        self._spared: dict[str, UnitScores] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._moments: Moments | None = None
+        self._moments: dict[bool, Moments] = {}
 
     def agreed(self, criterion: Criterion) -> UnitScores:
         """The consensus of all farms."""
@@ -268,34 +284,34 @@ class Bench:
 
     def _counted(self, criterion: str) -> UnitScores:
         """The scores that a mask goes by."""
-        name: Criterion = "taylor" if criterion == PLAIN else criterion  # type: ignore[assignment]
+        agreed = self.agreed(scored_by(criterion))
         if criterion not in SPARING:
-            return self.agreed(name)
-        if name not in self._spared:
-            self._spared[name] = self.spare(self.agreed(name))
-        return self._spared[name]
+            return agreed
+        if criterion not in self._spared:
+            self._spared[criterion] = self.spare(agreed, criterion == FARMS)
+        return self._spared[criterion]
 
-    def spare(self, scores: UnitScores) -> UnitScores:
+    def spare(self, scores: UnitScores, farms: bool = False) -> UnitScores:
         """Scores less what other units can say instead."""
-        return irreplaceable(scores, self._model, self._second_moments())
+        return irreplaceable(scores, self._model, self._second_moments(farms))
 
     def cut(self, criterion: str, budget: Budget, methods: Sequence[Method]) -> Cut:
         """Choose the mask of a budget, and judge it with each compensation."""
-        mask = self.mask(criterion, budget)
-        return Cut(mask, {method: self._judge_cut(mask, method) for method in methods})
+        mask, folder = self.mask(criterion, budget), self._checkpoint.folder
+        judged = {}
+        for method in methods:
+            judged[method] = self._judge(self.save_cut(mask, method, folder, criterion == FARMS))
+        return Cut(mask, judged)
 
     def judge_dense(self) -> Judgement:
         """The checkpoint itself."""
         return self._judge(self._checkpoint.path)
 
-    def _judge_cut(self, mask: Mask, method: Method) -> Judgement:
-        return self._judge(self.save_cut(mask, method, self._checkpoint.folder))
-
-    def save_cut(self, mask: Mask, method: Method, folder: Path) -> Path:
-        """Cut the checkpoint, compensated, into a folder."""
+    def save_cut(self, mask: Mask, method: Method, folder: Path, farms: bool = False) -> Path:
+        """Cut the checkpoint, compensated, into a folder; by moments of farms too where asked."""
         keep = mask.keep_in(Mask.dense(self.dense))
-        moments = None if method == "none" else self._second_moments()
-        model, spec = prune_compensated(self._model, self.dense, keep, moments, method)
+        found = None if method == "none" else self._second_moments(farms)
+        model, spec = prune_compensated(self._model, self.dense, keep, found, method)
         path = folder / "cut.safetensors"
         backbone.save_backbone(path, model, spec)
         return path
@@ -319,11 +335,23 @@ class Bench:
         found = {name: one.result() for name, one in work.items()}
         return {label: {name: found[name][label] for name in found} for label in (FIXED, REFITTED)}
 
-    def _second_moments(self) -> Moments:
-        if self._moments is None:
-            with torch.inference_mode():
-                self._moments = collect_moments(self._model, self._source())
-        return self._moments
+    def _second_moments(self, farms: bool = False) -> Moments:
+        """Of the source images and, where asked, of the farms' too, weighed by tokens."""
+        if farms not in self._moments:
+            self._moments[farms] = self._with_farms() if farms else self._of_source()
+        return self._moments[farms]
+
+    def _of_source(self) -> Moments:
+        with torch.inference_mode():
+            return collect_moments(self._model, self._source())
+
+    def _with_farms(self) -> Moments:
+        found = self._second_moments()
+        work = [self._pool.submit(moments_farm, self._checkpoint, name) for name in self._farms]
+        for images, sent in (one.result() for one in work):
+            weight = float(images * backbone.tokens(self.dense))
+            found = moments.together(found, moments.unpack(sent, self.dense, "all", weight))
+        return found
 
 
 def summary(judged: Judgement) -> str:

@@ -29,6 +29,7 @@ from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.benchmarks.frontier import Curve, draw
 from tests.benchmarks.oneshot import (
+    FARMS,
     FIXED,
     PLAIN,
     REFITTED,
@@ -43,7 +44,7 @@ from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
 """In the order of their cells: what matters most first."""
-CRITERIA: tuple[str, ...] = (*get_args(Criterion), PLAIN, TORCH_PRUNING)
+CRITERIA: tuple[str, ...] = (*get_args(Criterion), FARMS, PLAIN, TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = "taylor"
 DENSE = "dense"

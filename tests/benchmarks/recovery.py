@@ -14,7 +14,16 @@ from common.mask import Mask
 from common.plan import PlanConfig
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
-from tests.benchmarks.oneshot import PLAIN, REFITTED, SPARING, TORCH_PRUNING, Bench, Checkpoint
+from tests.benchmarks.oneshot import (
+    FARMS,
+    PLAIN,
+    REFITTED,
+    SPARING,
+    TORCH_PRUNING,
+    Bench,
+    Checkpoint,
+    scored_by,
+)
 
 ROUNDS, EVENTS = 8, 3
 """Events end rounds 1, 3 and 5; three rounds of recovery follow the last."""
@@ -24,6 +33,8 @@ CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
     ("taylor", 0.5, (0, 1, 2)),
     ("taylor", 0.64, (0, 1, 2)),
+    (FARMS, 0.5, (0, 1)),
+    (FARMS, 0.64, (0, 1)),
     (PLAIN, 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
@@ -40,10 +51,10 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
     plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=0, max_drop_ratio=1.0)
     if name == "dense":
         return plan
-    criterion = "taylor" if name == PLAIN else name
     changes = {
-        "criterion": criterion,
+        "criterion": scored_by(name),
         "redundancy": name in SPARING,
+        "moments": "farms" if name == FARMS else "source",
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
