@@ -242,7 +242,8 @@ class Farm:
         model, spec = base.transformer()
         with torch.inference_mode():
             batches = self._folder.fit.batches(spec, MOMENTS_BATCH)
-            found = collect_moments(model, (images for images, _ in batches))
+            chosen = (images for images, _ in batches)
+            found = collect_moments(model, chosen, neurons=request.moments == "all")
         return moments.pack(found, request.moments)
 
     def _learn(

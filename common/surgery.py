@@ -42,7 +42,8 @@ class Moments:
     """Sums of x x^T over all tokens, x augmented by 1; float64 on the CPU.
 
     ``heads[l]`` (H*d+1, H*d+1) for the inputs of ``attn.proj``, ``neurons[l]`` (M+1, M+1) for those
-    of ``mlp.fc2``; the last entry of each is the number of tokens seen.
+    of ``mlp.fc2``, empty where they were not asked for; the last entry of each is the number of
+    tokens seen.
     """
 
     heads: tuple[Tensor, ...]
@@ -162,21 +163,23 @@ def _cuts(spec: ModelSpec, keep: Keep) -> dict[str, tuple[int, Tensor]]:
 
 
 @torch.no_grad()
-def collect_moments(model: VisionTransformer, batches: Iterable[Tensor]) -> Moments:
+def collect_moments(
+    model: VisionTransformer, batches: Iterable[Tensor], neurons: bool = True
+) -> Moments:
     """Second moments of what enters ``proj`` and ``fc2``, over all tokens of all images.
 
     Args:
         model: the backbone to be cut; its train/eval mode is left as found.
         batches: image batches (B,3,S,S).
+        neurons: of ``fc2`` too, which is as much work as the forward pass.
 
     Raises:
         DataError: no images, or activations that are not finite.
     """
     device = next(model.parameters()).device
-    layers = [
-        *(block.attn.proj for block in block_layers(model)),
-        *(block.fc2 for block in block_layers(model)),
-    ]
+    blocks = list(block_layers(model))
+    layers = [block.attn.proj for block in blocks]
+    layers += [block.fc2 for block in blocks] if neurons else []
     sums = [
         torch.zeros((layer.in_features + 1,) * 2, dtype=torch.float64, device=device)
         for layer in layers
@@ -189,9 +192,8 @@ def collect_moments(model: VisionTransformer, batches: Iterable[Tensor]) -> Mome
         raise DataError("compensation needs images; check the source folder")
     if not all(torch.isfinite(total).all() for total in sums):
         raise DataError("activations are not finite on the source images; check the weights")
-    depth = len(sums) // 2
     moments = [total.cpu() for total in sums]
-    return Moments(tuple(moments[:depth]), tuple(moments[depth:]))
+    return Moments(tuple(moments[: len(blocks)]), tuple(moments[len(blocks) :]))
 
 
 def _accumulator(total: Tensor) -> PreHook:

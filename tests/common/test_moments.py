@@ -17,12 +17,13 @@ SPEC = dense_spec("vit_tiny_patch16_224", 32, {"depth": 2, "embed_dim": 24, "num
 SIDES = 25, 97
 
 
-def moments(seed: int, images: int = 6) -> Moments:
+def moments(seed: int, images: int = 6, neurons: bool = True) -> Moments:
     torch.manual_seed(1)
     model = build(SPEC)
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
-        return collect_moments(model, [torch.randn(images, 3, 32, 32, generator=generator)])
+        drawn = torch.randn(images, 3, 32, 32, generator=generator)
+        return collect_moments(model, [drawn], neurons)
 
 
 @settings(deadline=None, max_examples=20)
@@ -42,6 +43,7 @@ def test_what_comes_back_is_what_was_sent(seed: int, images: int) -> None:
 
 def test_of_heads_alone_nothing_is_said_of_neurons() -> None:
     body = pack(moments(0), "heads")
+    assert np.array_equal(body, pack(moments(0, neurons=False), "heads"))
     assert len(body) == SPEC.depth * (4 * 25 + 25 * 24)
     back = unpack(body, SPEC, "heads", 10.0)
     assert (len(back.heads), back.neurons) == (2, ())
