@@ -120,6 +120,11 @@ class PlanConfig(Section):
         """Whether the run removes anything."""
         return any(getattr(self, name) is not None for name in BUDGETS)
 
+    @property
+    def cuts_neurons(self) -> bool:
+        """Whether cuts remove MLP neurons too; a share of the heads is of heads alone."""
+        return self.prune_heads is None
+
     def uncut(self) -> Self:
         """The same plan, removing nothing."""
         nothing = dict.fromkeys(BUDGETS)

@@ -228,7 +228,8 @@ def prune_compensated(
         model: as for :func:`prune`.
         spec: likewise.
         keep: likewise.
-        moments: of ``model`` on images the caller owns; may be None for ``none``.
+        moments: of ``model`` on images the caller owns, of neurons only where some go; may be None
+            for ``none``.
         method: ``least_squares``; ``bias`` folds only the mean; ``none`` is the plain cut.
         ridge: eps, relative to the diagonal of the second moments; above 0.
 
@@ -238,17 +239,20 @@ def prune_compensated(
     pruned, smaller = prune(model, spec, keep)
     if method == "none":
         return pruned, smaller
-    _require_moments(moments, spec, method, ridge)
+    _require_moments(moments, spec, keep, method, ridge)
     assert moments is not None
     for block, (old, new) in enumerate(zip(block_layers(model), block_layers(pruned), strict=True)):
         inner = _channels(torch.from_numpy(keep.heads[block]), spec.head_width)
-        neurons = torch.from_numpy(keep.neurons[block])
         _compensate(old.attn.proj, new.attn.proj, inner, moments.heads[block], method, ridge)
-        _compensate(old.fc2, new.fc2, neurons, moments.neurons[block], method, ridge)
+        if moments.neurons:
+            neurons = torch.from_numpy(keep.neurons[block])
+            _compensate(old.fc2, new.fc2, neurons, moments.neurons[block], method, ridge)
     return pruned, smaller
 
 
-def _require_moments(moments: Moments | None, spec: ModelSpec, method: str, ridge: float) -> None:
+def _require_moments(
+    moments: Moments | None, spec: ModelSpec, keep: Keep, method: str, ridge: float
+) -> None:
     if method not in ("bias", "least_squares"):
         raise ModelError(f"unknown compensation '{method}'; known: none, bias, least_squares")
     if moments is None:
@@ -256,7 +260,9 @@ def _require_moments(moments: Moments | None, spec: ModelSpec, method: str, ridg
     if not ridge > 0:
         raise ModelError(f"the ridge of a compensation must be above 0, not {ridge}")
     sides = [len(g) - 1 for g in (*moments.heads, *moments.neurons)]
-    if sides != [*(heads * spec.head_width for heads in spec.heads), *spec.neurons]:
+    no_neuron_goes = [len(kept) for kept in keep.neurons] == list(spec.neurons)
+    neurons = () if no_neuron_goes and not moments.neurons else spec.neurons
+    if sides != [*(heads * spec.head_width for heads in spec.heads), *neurons]:
         raise ModelError("the second moments are of another model; collect them again")
 
 

@@ -319,7 +319,10 @@ class RoundCloser:
         readers: Sequence[ReplyReader],
     ) -> Moments | None:
         """On source images, where there are some, and with what farms sent of theirs."""
-        found = None if self._source is None else collect_moments(model, self._source(spec))
+        found = None
+        if self._source is not None:
+            neurons = self._config.plan.cuts_neurons
+            found = collect_moments(model, self._source(spec), neurons)
         if work.moments is None:
             return found
         for row, reader in zip(replies, readers, strict=True):

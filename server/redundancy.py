@@ -40,7 +40,8 @@ def irreplaceable(
     Args:
         scores: of the units of ``model``, not negative.
         model: the backbone to be cut.
-        moments: of ``model``, on the images that the compensation will be fitted to.
+        moments: of ``model``, on the images that the compensation will be fitted to; where they say
+            nothing of neurons, none is to go, and the scores of neurons stay.
         ridge: eps, that of the compensation.
 
     Returns:
@@ -54,6 +55,8 @@ def irreplaceable(
         _lowered(block.attn.proj, G, one, ridge)
         for block, G, one in zip(layers, moments.heads, scores.heads, strict=True)
     ]
+    if not moments.neurons:
+        return UnitScores(tuple(heads), scores.neurons)
     neurons = [
         _lowered(block.fc2, G, one, ridge)
         for block, G, one in zip(layers, moments.neurons, scores.neurons, strict=True)

@@ -225,9 +225,7 @@ class RoundLoop:
         plan, may_cut = self._config.plan, bool(self._plan.rules_after(number))
         if plan.moments == "source" or not (may_cut or self._plan.judged_in(number)):
             return None
-        # of neurons, of which none goes, the source species has to say something
-        by_heads = plan.prune_heads is not None and self._config.backbone.source is not None
-        return "heads" if by_heads else "all"
+        return "all" if plan.cuts_neurons else "heads"
 
     def _rule(self, work: Work) -> CutRule | None:
         """How the prune event that ends a round cuts; of several rules, what farms find best."""

@@ -347,6 +347,19 @@ def test_silent_channels_and_missing_biases_are_handled() -> None:
         assert next(pruned.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("method", ["bias", "least_squares"])
+def test_moments_of_heads_are_enough_where_only_heads_go(method: Method) -> None:
+    model, moments, x = measured()
+    keep = Keep(random_keep(SPEC, 1).heads, everything(SPEC).neurons)
+    heads = collect_moments(model, torch.split(x, 8), neurons=False)
+    assert heads.neurons == ()
+    found, _ = prune_compensated(model, SPEC, keep, heads, method)
+    expected, _ = prune_compensated(model, SPEC, keep, moments, method)
+    assert torch.equal(found(x), expected(x))
+    with pytest.raises(ModelError, match="another model"):
+        prune_compensated(model, SPEC, random_keep(SPEC, 1), heads, method)
+
+
 def test_wrong_requests_are_refused() -> None:
     model, moments, _ = measured()
     keep = random_keep(SPEC, 1)

@@ -68,7 +68,7 @@ def test_they_are_asked_for_once_and_counted_with_the_source(
         images = sum(row.examples for row in store.farms(run.run))
     tokens = float(used[0].heads[0][-1, -1]) / (images + 32)
     assert tokens == pytest.approx(round(tokens))
-    assert bool(used[0].neurons)
+    assert bool(used[0].neurons) == (extent == "all")
 
 
 def test_a_server_without_source_images_makes_up_for_cuts_with_farms_alone(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_server_without_source_images_makes_up_for_cuts_with_farms_alone(tmp_p
     bare = lab.config.backbone.model_copy(update={"source": None})
     lab.config = lab.config.model_copy(update={"backbone": bare})
     link = lab.run()
-    assert aligned(link)[2] == {"all"}
+    assert aligned(link)[2] == {"heads"}
     assert not rejected(lab)
 
 

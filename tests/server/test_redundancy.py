@@ -166,6 +166,14 @@ def test_silent_units_and_nothing_that_matters_are_handled() -> None:
     assert np.isfinite(flat(irreplaceable(nothing, model, moments))).all()
 
 
+def test_where_no_neuron_is_to_go_their_scores_stay() -> None:
+    model, moments = measured()
+    scores, heads = drawn_scores(0), collect_moments(model, [images()], neurons=False)
+    lowered, expected = irreplaceable(scores, model, heads), irreplaceable(scores, model, moments)
+    assert np.array_equal(lowered.flat_heads(), expected.flat_heads())
+    assert np.array_equal(lowered.flat_neurons(), scores.flat_neurons())
+
+
 def test_scores_of_another_model_are_refused() -> None:
     model, moments = measured()
     scores = drawn_scores(0)
