@@ -19,7 +19,8 @@ from common.errors import FieldfedError
 log = logging.getLogger(__name__)
 
 NIGHT = (22, 5)
-RETRY_SECONDS = 600.0
+RETRY_SECONDS = 60.0, 120.0, 240.0, 600.0
+"""Most that it waits after so many looks in vain: a hub that restarts is found soon."""
 JITTER_SECONDS = 60.0
 """Devices that are told together do not come together."""
 MOST_ORDERS = 16
@@ -94,7 +95,7 @@ class Follower:
         self._random = random.Random(seed)  # noqa: S311
         self._orders: deque[int] = deque(maxlen=MOST_ORDERS)
         self._noticed = self._heeds = self._ended = False
-        self._said = ""
+        self._said, self._in_vain = "", 0
 
     # --- from other threads ------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class Follower:
                 self._turn()
             except Exception:
                 log.exception("the updater failed; it is tried again later")
-                self._bell.wait(RETRY_SECONDS)
+                self._bell.wait(RETRY_SECONDS[-1])
 
     def _turn(self) -> None:
         """One look, with the waits around it; cut short by an order or the end."""
@@ -138,10 +139,13 @@ class Follower:
             return
         self._noticed = False
         if self._look():
+            self._in_vain = 0
             self._wait()
-        else:
-            with self._heeding():
-                self._bell.wait(self._random.uniform(RETRY_SECONDS / 2, RETRY_SECONDS))
+            return
+        most = RETRY_SECONDS[min(self._in_vain, len(RETRY_SECONDS) - 1)]
+        self._in_vain += 1
+        with self._heeding():
+            self._bell.wait(self._random.uniform(most / 2, most))
 
     def _look(self, version: int | None = None) -> bool:
         try:

@@ -123,11 +123,12 @@ def test_hours_hold_without_a_metered_link() -> None:
 
 
 def test_a_hub_that_is_away_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    world = World(days=0.2, away=3)
-    world.follow(hours=None, metered=False)
-    assert len(world.looked) >= 4
-    first, second = world.looked[:2]
-    assert 300 <= (second - first).total_seconds() <= 700
+    world = World(days=0.4, away=7)
+    world.follow(hours=None, metered=False, jitter_seconds=0)
+    gaps = [(b - a).total_seconds() for a, b in zip(world.looked, world.looked[1:], strict=False)]
+    for gap, most in zip(gaps[:7], (60, 120, 240, 600, 600, 600, 600), strict=True):
+        assert most / 2 <= gap <= most
+    assert gaps[7] >= 7200, "it is there again"
     said = [one for one in caplog.records if "unavailable; tried again later" in one.message]
     assert [one.levelname for one in said if one.levelno > logging.DEBUG] == ["ERROR"]
 
