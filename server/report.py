@@ -124,6 +124,7 @@ def _points(difference: float) -> str:
 
 def _figures(story: Story) -> Element:
     up, down = story.mean_bytes()
+    usual = [f"{size_text(size)} in an ordinary one" for size in story.usual_bytes()]
     kept, heads = story.heads.counts()
     dense = percent(story.mean.dense)
     figures = [
@@ -132,8 +133,8 @@ def _figures(story: Story) -> Element:
         ("Heads left", f"{kept} of {heads}", percent(story.heads_kept_ratio)),
         ("Parameters left", count_text(story.params), f"{percent(story.params_ratio)} of dense"),
         ("Macro-F1, pruned", percent(story.mean.f1_pruned), "mean over farms"),
-        ("Sent per farm and round", size_text(up), "no image, no label"),
-        ("Received per farm and round", size_text(down), "mean over farms and rounds"),
+        ("Sent per farm and round", size_text(up), usual[0]),
+        ("Received per farm and round", size_text(down), usual[1]),
         ("Run time", duration_text(story.seconds), f"{len(story.played())} rounds"),
         *_privacy(story),
     ]

@@ -6,7 +6,7 @@ F1 and shares are ratios between 0 and 1; sizes are bytes; a run that did not ta
 
 import math
 from collections.abc import Iterable, Mapping
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -174,6 +174,12 @@ class Story(Chapter):
         up = [point.bytes_up for point in self.played()]
         down = [point.bytes_down for point in self.played()]
         return _mean_size(up, farm), _mean_size(down, farm)
+
+    def usual_bytes(self) -> tuple[float, float]:
+        """Median bytes (up, down) of a farm in a round: without what a start or a cut needs."""
+        up = [size for point in self.played() for size in point.bytes_up.values()]
+        down = [size for point in self.played() for size in point.bytes_down.values()]
+        return median(up or [0]), median(down or [0])
 
     def mean_link_bytes(self, farm: str | None = None) -> tuple[float, float] | None:
         """The same at the socket (sent, received), with all that Flower sends around messages.

@@ -120,6 +120,11 @@ def test_bytes_are_averaged_over_the_rounds_in_which_farms_worked() -> None:
     assert story.mean_bytes("north") == (1500.0, 500.0)
     assert story.mean_bytes() == (2000.0, 600.0)
     assert story.mean_bytes("nobody") == (0.0, 0.0)
+    assert story.usual_bytes() == (2000.0, 600.0)
+    assert told(rounds=()).usual_bytes() == (0, 0)
+    large = story.rounds[-1].model_copy(update={"round": 9, "bytes_up": {"north": 10**9}})
+    cut = told(rounds=(*story.rounds, large))
+    assert cut.usual_bytes()[0] < 10_000 < cut.mean_bytes()[0]
     assert story.total_bytes("north") == (3000, 10_000_500)
 
 
