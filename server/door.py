@@ -84,6 +84,8 @@ class Guests:
     def put_out(self) -> None:
         """End the connections of farms that are revoked."""
         for guest, caller in list(self._here.items()):
+            if self.passage.leaves(caller):
+                continue  # it is revoked by its own wish, and waits for the answer
             if caller.farm is not None and self._revoked.holds(caller.serial):
                 log.warning("farm %s is revoked: its connection is cut", caller.farm)
                 guest.transport.abort()

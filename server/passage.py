@@ -127,12 +127,17 @@ class Passage:
         self._superlink = superlink
         self._enrolment, self._nodes = enrolment, nodes
         self._revoked, self._shown = revoked, shown
+        self._leaving: list[Caller] = []
         self._thread = ThreadPoolExecutor(1, "enrolment")
         self._http = httpx.AsyncClient(
             timeout=LINK_TIMEOUT,
             limits=httpx.Limits(max_connections=256, keepalive_expiry=KEPT_SECONDS),
             trust_env=False,
         )
+
+    def leaves(self, caller: Caller) -> bool:
+        """Whether this very connection is about to hear that its farm has left."""
+        return any(one is caller for one in self._leaving)
 
     async def close(self) -> None:
         """End the connections to SuperLink."""
@@ -196,15 +201,19 @@ class Passage:
             checked = await self._check(caller, body)
             await answer.whole(200, checked.model_dump_json(exclude_none=True).encode())
             return
+        if path == LEAVE:
+            self._leaving.append(caller)
         try:
             said = await asyncio.get_running_loop().run_in_executor(
                 self._thread, self._enrol, path, caller, body
             )
+            await answer.whole(200, said)
         except LinkError as error:
             raise No(403, str(error)) from error
         except ProtocolError as error:
             raise No(400, str(error)) from error
-        await answer.whole(200, said)
+        finally:
+            self._leaving = [one for one in self._leaving if one is not caller]
 
     def _enrol(self, path: str, caller: Caller, body: bytes) -> bytes:
         """In a thread: it waits for the disk."""

@@ -4,9 +4,11 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ from common.door import CHECK, JOIN
 from common.errors import ConfigError, FieldfedError, LinkError, ProtocolError
 from common.membership import Membership
 from server.codes import Codes
+from server.door import LOOK_SECONDS
 from server.enrol import Failures, enrol, members, revoke
 from tests.lab.door import LabDoor, Link, stranger
 
@@ -401,6 +404,21 @@ def test_a_farm_leaves(door: LabDoor, tmp_path: Path) -> None:
     back = Device(device.folder)
     back.join(door, code_for(door))
     check(back.way)
+
+
+def test_a_farm_hears_that_it_has_left_however_long_that_takes(
+    door: LabDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(tmp_path / "apple")
+    device.join(door, code_for(door))
+
+    def slow(*which: Any) -> int:
+        left = revoke(*which)
+        time.sleep(3 * LOOK_SECONDS)  # the door looks for revoked farms meanwhile, and cuts them
+        return left
+
+    monkeypatch.setattr(server.enrol, "revoke", slow)
+    assert leave(device.identity, device.way, device.folder) is None
 
 
 def test_a_farm_leaves_also_when_nobody_hears(tmp_path: Path) -> None:
