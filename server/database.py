@@ -115,9 +115,16 @@ class Database:
             return self._db.execute(sql, values).fetchall()
 
     def _all(self, kind: type[Row], sql: str, *values: object) -> list[Row]:
-        """Rows as dataclasses, fields by column name; other columns are left out."""
+        """Rows as dataclasses, fields by column name; other columns are left out.
+
+        SQLite has no truth values: what a field calls a bool comes as 0 or 1.
+        """
         names: dict[str, Any] = getattr(kind, "__dataclass_fields__", {})
-        return [kind(**{name: row[name] for name in names}) for row in self._select(sql, *values)]
+        flags = {name for name, field in names.items() if field.type is bool}
+        return [
+            kind(**{name: bool(row[name]) if name in flags else row[name] for name in names})
+            for row in self._select(sql, *values)
+        ]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from common import hub_pb2, hub_pb2_grpc
 from common.compress import compressed_piece
 from common.config import ServerConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, first_fault
 from common.manifest import InstallReport
 from common.objects import PIECE_BYTES, Objects, is_digest
 from common.services import HubConfig
@@ -191,9 +191,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         try:
             report = InstallReport.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"{where}: {first['msg']}")
+            await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, first_fault(error))
         await self._offers.record(await self._farm(context), report)
         return hub_pb2.Received()
 

@@ -243,7 +243,7 @@ class RoundLoop:
             return rules[0]
         rows = weighed(work.number, tried)
         self._store.keep_trials(self.run, work.number, rows)
-        log.info("%s", outcome(rows))
+        log.log(logging.INFO if rows[0].farms else logging.WARNING, "%s", outcome(rows))
         for row, digest in zip(rows, drafts, strict=True):
             if not row.made:
                 self._models.discard(digest)

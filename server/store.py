@@ -260,10 +260,8 @@ class Store(Records):
 
     def verdicts(self, run: int) -> list[VerdictRow]:
         """Verdicts on the run's prune events, in order."""
-        found = self._select("SELECT * FROM verdicts WHERE run = ? ORDER BY judged, event", run)
-        names = VerdictRow.__dataclass_fields__
-        values = [{name: row[name] for name in names} for row in found]
-        return [VerdictRow(**row | {"accepted": bool(row["accepted"])}) for row in values]
+        sql = "SELECT * FROM verdicts WHERE run = ? ORDER BY judged, event"
+        return self._all(VerdictRow, sql, run)
 
     def keep_trials(self, run: int, event: int, rows: Sequence[TrialRow]) -> None:
         """What was tried before the cut after round ``event``; what was noted of it goes."""
@@ -277,12 +275,10 @@ class Store(Records):
 
     def trials(self, run: int) -> dict[int, list[TrialRow]]:
         """Cuts that were tried by the round that they would have ended, in order."""
-        found = self._select("SELECT * FROM trials WHERE run = ? ORDER BY event, place", run)
         events: dict[int, list[TrialRow]] = {}
-        for row in found:
-            values = {name: row[name] for name in TrialRow.__dataclass_fields__}
-            made = TrialRow(**values | {"made": bool(row["made"])})
-            events.setdefault(row["event"], []).append(made)
+        sql = "SELECT * FROM trials WHERE run = ? ORDER BY event, place"
+        for row in self._all(TrialRow, sql, run):
+            events.setdefault(row.event, []).append(row)
         return events
 
     def last_committed(self, run: int) -> tuple[int, CandidateRow] | None:
