@@ -53,6 +53,7 @@ from common.messages import (
     Work,
     spoken,
 )
+from common.precision import bf16_supported
 from common.scores import encode_neurons
 from common.student import Student, recalibrate
 from common.surgery import collect_moments
@@ -71,7 +72,7 @@ class Farm:
         self._folder = folder
         self._state = state
         self._autocast = config.farm.precision == "bf16" or (
-            config.farm.precision == "auto" and fit.bf16_supported()
+            config.farm.precision == "auto" and bf16_supported()
         )
 
     @classmethod

@@ -22,6 +22,7 @@ from client.scores import without_gradients
 from common.errors import DataError
 from common.heads import Gates, evaluation_mode, gate_units
 from common.images import Part
+from common.precision import bfloat16
 from common.spec import ModelSpec
 
 EPOCHS = 3
@@ -68,7 +69,7 @@ def learn(
         ):
             with (
                 torch.enable_grad(),
-                torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+                bfloat16(device, autocast),
                 gate_units(model, gates),
             ):
                 logits = classifier(model(images.to(device)))

@@ -22,6 +22,7 @@ from torch.nn import functional
 from common.anchors import Anchors, Statistics, pooled_mmd2, tap_features
 from common.errors import DataError, ModelError
 from common.heads import Gates, evaluation_mode, gate_units, tap_heads
+from common.precision import bfloat16
 
 Floats = npt.NDArray[np.float32]
 
@@ -66,7 +67,7 @@ def score_units(
     statistics, images_seen = Statistics(), 0
     with evaluation_mode(model, classifier), without_gradients(model, classifier):
         for images, labels in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with bfloat16(device, autocast):
                 importance, taps = _score_batch(
                     model, classifier, images.to(device), labels.to(device)
                 )

@@ -22,6 +22,7 @@ from client.state import FarmState
 from common.backbone import dense_spec
 from common.distil import soft_answers
 from common.messages import AlignRequest, EvaluateRequest
+from common.precision import bfloat16
 from common.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def teaching(
 
     def loss() -> Tensor:
         images = seen["images"]
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), bfloat16(images.device, autocast):
             features = teacher.model(images)
         with torch.no_grad():
             answers = teacher.classifier(features.float())

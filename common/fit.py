@@ -23,6 +23,7 @@ from common.config import TrainConfig
 from common.errors import DataError, QualityError
 from common.images import Part
 from common.pixels import Input
+from common.precision import bfloat16
 
 # Chosen on the decide parts of the development species (apple, grape, mango, pepper_bell, potato):
 # accuracy is flat from 1e-4 to 1e-2 and falls above; of the flat range the largest, because a
@@ -33,14 +34,6 @@ WARM_UP_STEPS = 5
 
 
 # --- features and classifier --------------------------------------------------------------------
-
-
-def bf16_supported() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware; emulation is slower than fp32."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
 
 
 def extract(
@@ -62,7 +55,7 @@ def extract(
     features, labels = [], []
     with _mode(model, training=False), torch.inference_mode():
         for images, target in part.batches(spec, batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with bfloat16(device, autocast):
                 features.append(model(images.to(device)).float().cpu())
             labels.append(target)
     if not features:
@@ -270,7 +263,7 @@ class _Loop:
     ) -> tuple[float, float]:
         """One step; returns objective and penalty."""
         device = self.classifier.weight.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+        with bfloat16(device, self.autocast):
             features = self.model(images.to(device))
         loss = functional.cross_entropy(
             self.classifier(features.float()),

@@ -30,7 +30,6 @@ from common.errors import ConfigError
 from common.files import write_atomically
 from common.fit import (
     Step,
-    bf16_supported,
     evaluate,
     extract,
     fit_classifier,
@@ -39,6 +38,7 @@ from common.fit import (
 )
 from common.images import FarmFolder, Part, open_folder
 from common.pixels import Input
+from common.precision import bf16_supported
 from common.sampling import with_tokens
 from common.spec import ModelSpec
 from common.trainable import trainable_names

@@ -23,6 +23,7 @@ from common.backbone import parameters
 from common.cost import cost_of
 from common.export import exported
 from common.manifest import Manifest
+from common.precision import bf16_supported
 from common.student import Student
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells
@@ -153,7 +154,7 @@ def _farm(scale: Scale, about: Lesson, path: Path, manifest: Manifest, name: str
         beta=weight,
         seed=about.seed,
     )
-    made = teach(teacher, folder, config, autocast=fit.bf16_supported())
+    made = teach(teacher, folder, config, autocast=bf16_supported())
     plain = portable_student(made, teacher)
     pair = plain, calibrated(plain, folder.fit)
     sizes = [len(one.graph) + 4 * int(np.size(one.weight)) for one in pair]

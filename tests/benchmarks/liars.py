@@ -31,6 +31,7 @@ from common.images import FarmFolder, open_folder
 from common.layout import add
 from common.mask import Mask
 from common.plan import PlanConfig
+from common.precision import bf16_supported
 from common.spec import ModelSpec
 from common.surgery import Moments, collect_moments, prune_compensated
 from common.trainable import trainable_set
@@ -133,7 +134,7 @@ class Network:
 
 
 def _bf16() -> bool:
-    return fit.bf16_supported()
+    return bf16_supported()
 
 
 # --- lies ----------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from common.images import FarmFolder, Part, Purpose, open_folder
 from common.mask import Mask
 from common.pixels import Pixels, load_image
 from common.plan import Criterion, PlanConfig
+from common.precision import bf16_supported
 from common.scores import UnitScores
 from common.spec import ModelSpec
 from common.surgery import Method, Moments, collect_moments, prune_compensated
@@ -147,7 +148,7 @@ def score_farm(checkpoint: Checkpoint, name: str, criterion: Criterion) -> tuple
         batch_size=TrainConfig().batch_size,
         anchors=Anchors.from_bytes(checkpoint.anchors.read_bytes()),
         seed=checkpoint.seed,
-        autocast=fit.bf16_supported(),
+        autocast=bf16_supported(),
     )
     return len(part), score(criterion, scoring)
 

@@ -31,6 +31,7 @@ from common.images import Part, Purpose, open_folder
 from common.layout import Layout
 from common.messages import AlignReply, Reply, Request
 from common.plan import PlanConfig
+from common.precision import bf16_supported
 from common.trainable import trainable_set
 from server.begin import run_rounds
 from server.models import Models
@@ -98,7 +99,7 @@ def _extract() -> dict[str, npt.NDArray[Any]]:
     first = 0
 
     def take(name: str, part: Part, number: int) -> None:
-        features, labels = fit.extract(model, part, spec, autocast=fit.bf16_supported())
+        features, labels = fit.extract(model, part, spec, autocast=bf16_supported())
         for key, values in (
             (name, features.numpy()),
             (f"{name}_labels", labels.numpy() + first),
