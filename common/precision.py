@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -49,9 +50,15 @@ class _DifferentiatedAttention(TorchFunctionMode):
         named = kwargs or {}
         if function is not functional.scaled_dot_product_attention:
             return function(*args, **named)
-        query, key, value, *others = args
+        query: Tensor = args[0] if args else named["query"]
         if query.device.type != "cpu" or not (torch.is_grad_enabled() and query.requires_grad):
             return function(*args, **named)
+        exact = {name: _in_fp32(one) for name, one in named.items()}
         with torch.autocast("cpu", enabled=False):
-            found = function(query.float(), key.float(), value.float(), *others, **named)
-        return found.to(value.dtype)
+            found: Tensor = function(*map(_in_fp32, args), **exact)
+        return found.to(query.dtype)
+
+
+def _in_fp32(argument: Any) -> Any:
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.float() if floating else argument

@@ -30,6 +30,17 @@ def test_differentiated_attention_is_that_of_float32() -> None:
     assert torch.equal(rough, best)
 
 
+def test_a_mask_takes_part() -> None:
+    q, k, v = heads(requires_grad=True)
+    mask = torch.linspace(-2, 2, 17 * 17).view(17, 17).bfloat16()
+    with bfloat16(CPU, enabled=True):
+        found = functional.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask)
+    exact = functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask.float()
+    )
+    assert torch.equal(found, exact.bfloat16())
+
+
 def test_other_attention_is_that_of_torch() -> None:
     q, k, v = heads(requires_grad=False)
     plain = functional.scaled_dot_product_attention(q, k, v)
