@@ -85,7 +85,7 @@ def wire_cell(setting: str) -> Cell:
 
 
 def table(learned: Sequence[Cell], wired: Sequence[Cell], rounds: int = ROUNDS) -> list[Cell]:
-    """One row per setting and baseline, the best first, each against the best."""
+    """One row per setting and baseline, the best first, each against it and training alone."""
     outcomes: Outcomes = {}
     for cell in sorted(learned, key=lambda one: int(one["seed"])):
         for label, farms in cell["correct"].items():
@@ -97,10 +97,11 @@ def table(learned: Sequence[Cell], wired: Sequence[Cell], rounds: int = ROUNDS) 
         _row(name, farms, rounds, *costs.get(name, (0.0, 0.0))) for name, farms in outcomes.items()
     ]
     rows.sort(key=lambda row: -float(row["mean_accuracy"]))
-    best = outcomes[rows[0]["setting"]]
+    best, alone = outcomes[rows[0]["setting"]], outcomes[BASELINES["local"]]
     for row in rows:
-        interval = paired_bootstrap(outcomes[row["setting"]], best)
-        row["against_best"] = {**interval._asdict(), "verdict": _words(interval)}
+        for name, other in (("best", best), ("alone", alone)):
+            interval = paired_bootstrap(outcomes[row["setting"]], other)
+            row[f"against_{name}"] = {**interval._asdict(), "verdict": _words(interval)}
     return rows
 
 
@@ -125,7 +126,7 @@ def _row(name: str, farms: dict[str, list[Flags]], rounds: int, up: float, down:
 
 
 def _words(interval: Interval) -> str:
-    return "the best" if interval == Interval(0, 0, 0) else verdict(interval)
+    return "the same" if interval == Interval(0, 0, 0) else verdict(interval)
 
 
 def season(rounds: Sequence[dict[str, float]], idle: dict[str, float]) -> Cell:
