@@ -86,8 +86,7 @@ class Guests:
         for guest, caller in list(self._here.items()):
             if self.passage.leaves(caller):
                 continue  # it is revoked by its own wish, and waits for the answer
-            if caller.farm is not None and self._revoked.holds(caller.serial):
-                log.warning("farm %s is revoked: its connection is cut", caller.farm)
+            if caller.farm is not None and self.passage.revoked(caller):
                 guest.transport.abort()
 
     def _list(self, caller: Caller) -> None:

@@ -128,6 +128,7 @@ class Passage:
         self._enrolment, self._nodes = enrolment, nodes
         self._revoked, self._shown = revoked, shown
         self._leaving: list[Caller] = []
+        self._out: set[int] = set()
         self._thread = ThreadPoolExecutor(1, "enrolment")
         self._http = httpx.AsyncClient(
             timeout=LINK_TIMEOUT,
@@ -138,6 +139,16 @@ class Passage:
     def leaves(self, caller: Caller) -> bool:
         """Whether this very connection is about to hear that its farm has left."""
         return any(one is caller for one in self._leaving)
+
+    def revoked(self, caller: Caller) -> bool:
+        """Whether the certificate of a farm counts no longer; the log says so once for each."""
+        if not self._revoked.holds(caller.serial):
+            self._out.discard(caller.serial)
+            return False
+        if caller.serial not in self._out:
+            self._out.add(caller.serial)
+            log.warning("farm %s is revoked: it is refused from now on", caller.farm)
+        return True
 
     async def close(self) -> None:
         """End the connections to SuperLink."""
@@ -189,7 +200,7 @@ class Passage:
     def _require_farm(self, caller: Caller) -> None:
         if caller.farm is None or caller.expires is None:
             raise No(401, "show the certificate of a farm of this network")
-        if self._revoked.holds(caller.serial):
+        if self.revoked(caller):
             raise No(403, f"the certificate of farm {caller.farm} is revoked; ask the operator")
         if datetime.now(UTC) > caller.expires:
             raise No(403, f"the certificate of farm {caller.farm} has expired; join again")

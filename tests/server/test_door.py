@@ -418,6 +418,27 @@ def test_a_revoked_farm_is_out_at_once_and_the_others_stay(
         assert status(answer_on(tls)) in (403, 0)
     assert len(link.heard) == before
     assert status(fleet(door, "rice", "cmljZQ==")) == 200
+    assert _said_to_be_out(caplog) == ["apple"]
+
+
+def test_a_revoked_farm_that_asks_before_its_connection_is_cut_is_in_the_log_as_well(
+    door: LabDoor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(door)
+    apple = door.member("apple")
+    monkeypatch.setattr(server.door.Guests, "put_out", lambda _: None)
+    with Conversation(door.address, apple.tls()) as idle:
+        idle.ask(CHECK, b"")
+        door.authority.revoke("apple")
+        for _ in range(2):
+            with pytest.raises(LinkError, match="is revoked; ask the operator"):
+                ask(door.address, apple.tls(), CHECK)
+    assert _said_to_be_out(caplog) == ["apple"]
+
+
+def _said_to_be_out(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    return [line.split()[1] for line in lines if "is revoked: it is refused" in line]
 
 
 def test_a_connection_in_the_middle_of_a_request_is_cut_too(door: LabDoor, link: Link) -> None:
