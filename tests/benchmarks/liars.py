@@ -88,7 +88,9 @@ class Network:
         scores = score_units(model, classifier, folder.fit.batches(self.spec, 16), None)
         config = TrainConfig(dal_weight=0.0)
         aligned = align(
-            *(model, classifier, folder.fit, self.spec, config, None), seed=0, autocast=_bf16()
+            *(model, classifier, folder.fit, self.spec, config, None),
+            seed=0,
+            autocast=bf16_supported(),
         )
         return Honest(path.name, folder, scores, aligned.delta)
 
@@ -100,7 +102,7 @@ class Network:
     def _classifier(
         self, model: VisionTransformer, spec: ModelSpec, folder: FarmFolder
     ) -> torch.nn.Linear:
-        features, labels = fit.extract(model, folder.fit, spec, autocast=_bf16())
+        features, labels = fit.extract(model, folder.fit, spec, autocast=bf16_supported())
         return fit.fit_classifier(features, labels, len(folder.classes))
 
     def accuracy_under(self, mask: Mask) -> dict[str, float]:
@@ -127,14 +129,10 @@ class Network:
             found = {}
             for farm in self.farms:
                 classifier = self._classifier(model, spec, farm.folder)
-                seen = fit.extract(model, farm.folder.decide, spec, autocast=_bf16())
+                seen = fit.extract(model, farm.folder.decide, spec, autocast=bf16_supported())
                 found[farm.name] = fit.evaluate(classifier, *seen).accuracy
             self._accuracy[key] = found
         return self._accuracy[key]
-
-
-def _bf16() -> bool:
-    return bf16_supported()
 
 
 # --- lies ----------------------------------------------------------------------------------------

@@ -76,5 +76,11 @@ def test_gradients_of_a_backbone_are_close_to_those_of_float32(name: str) -> Non
     assert 0 < float((rough - exact).norm() / exact.norm()) < 0.05
 
 
-def test_a_machine_says_whether_it_multiplies_bf16() -> None:
-    assert bf16_supported() in (True, False)
+@pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_a_processor_that_multiplies_bf16_in_some_way_supports_it(
+    has: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
+    assert bf16_supported() is (has is not None)
