@@ -89,7 +89,7 @@ def look(looker: Looker, image: Path) -> View:
     with torch.inference_mode():
         logits: Tensor = looker.classifier(looker.model(pixels))[0] / looker.temperature
     guess = Guess(image, *ranked(logits.numpy(), looker.classes, looker.threshold))
-    shares: Floats = patch_shares(looker.model, spec, pixels)[0].numpy()
+    shares: Floats = patch_shares(looker.model, pixels)[0].numpy()
     return View(looker.name, guess, shares, macs(spec))
 
 

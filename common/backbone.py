@@ -31,6 +31,7 @@ from common.files import write_atomically
 from common.silent import SilentAttention
 from common.spec import ModelSpec, Spec, saved_spec
 from common.tensors import header_of
+from common.tokens import halvings
 
 log = logging.getLogger(__name__)
 
@@ -353,9 +354,7 @@ def tokens_by_block(spec: ModelSpec) -> tuple[int, ...]:
     """Tokens that enter each block."""
     most, whole, _ = _patches(spec.name, spec.image_size, spec.options)
     leaving = spec.kept_tokens[:-1] or (most,) * (spec.depth - 1)
-    fused = (keep < most and spec.fuse_tokens for keep in leaving)
-    behind = (whole - most + keep + one for keep, one in zip(leaving, fused, strict=True))
-    return whole, *behind
+    return whole, *(whole - most + keep for keep in leaving)
 
 
 def macs(spec: ModelSpec) -> int:
@@ -363,17 +362,28 @@ def macs(spec: ModelSpec) -> int:
 
     Per block with H heads of width d, M neurons, width C and N tokens: qkv and proj 4*N*C*H*d,
     scores and values 2*N*N*H*d, or 2*N*d*H*d where they are linear, MLP 2*N*C*M; where tokens are
-    sampled, one more query N*H*d.
+    dropped, one more query N*H*d, and where M of them are merged, M/2*M/2*d for each time.
     """
-    count, _, weights = _patches(spec.name, spec.image_size, spec.options)
+    count, whole, weights = _patches(spec.name, spec.image_size, spec.options)
     total, entering = count * weights, tokens_by_block(spec)
     for block, n in enumerate(entering):
         linear = block in spec.linear_blocks
         total += spec.heads[block] * head_macs(spec, n, linear)
         total += spec.neurons[block] * neuron_macs(spec, n)
         if block + 1 < spec.depth and entering[block + 1] < n:
-            total += n * spec.heads[block] * spec.head_width
+            total += _choosing_macs(spec, block, whole - count, (n, entering[block + 1]))
     return total
+
+
+def _choosing_macs(spec: ModelSpec, block: int, prefix: int, tokens: tuple[int, int]) -> int:
+    """What it costs to choose which of the tokens that come leave a block."""
+    if not spec.merge_tokens:
+        return tokens[0] * spec.heads[block] * spec.head_width
+    found, patches = 0, tokens[0] - prefix
+    for gone in halvings(patches, tokens[1] - prefix):
+        found += (patches // 2) * (patches - patches // 2) * spec.head_width
+        patches -= gone
+    return found
 
 
 def head_macs(spec: ModelSpec, token_count: int, linear: bool = False) -> int:

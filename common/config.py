@@ -165,7 +165,9 @@ class BackboneConfig(Section):
     token_macs: float | None = Field(
         default=None, gt=0, lt=1, description="share of the MACs that token sampling leaves"
     )
-    fuse_tokens: bool = Field(default=False, description="dropped tokens are fused into one")
+    merge_tokens: bool = Field(
+        default=True, description="tokens that go are merged into the most similar, not dropped"
+    )
     linear_blocks: tuple[int, ...] = Field(
         default=(), description="numbers of the blocks whose attention is linear"
     )

@@ -1,24 +1,19 @@
 """Cheaper attention: fewer tokens from block to block, or a cost that grows with their number only.
 
 Both are named in a backbone's spec and have no parameters of their own, so its tensors stay as they
-are. Shapes: B images, N tokens, H heads of d channels, C the backbone's width, P prefix tokens
-(class token and registers).
-
-Token sampling. Behind a block the k patch tokens that matter most stay, in their order. A token's
-score is how much of its value a query attends to, over all heads,
-
-    s_j = mean_h softmax_j(q_h k_hj / sqrt(d)) * |v_hj|
-
-with the class token's query, or the mean query where there is no class token (class attention as in
-EViT, Liang et al., 2022; times the norm of values as in ATS, Fayyaz et al., 2022). k is fixed for a
-block, so that shapes are known beforehand. Dropped tokens are gone, or fused into one: their mean,
-weighed by their scores.
+are. Which tokens go is common/tokens.py's. A token that stands for s patches is attended to as s
+tokens are (proportional attention, Bolya et al., 2023): log(s) is added to its logits.
 
 Linear attention. With phi(x) = elu(x) + 1 (Katharopoulos et al., 2020)
 
-    o_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))
+    o_i = phi(q_i) (sum_j s_j phi(k_j) v_j^T) / (phi(q_i) sum_j s_j phi(k_j))
+
+Shapes: B images, N tokens, H heads of d channels, C the backbone's width.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,26 +25,39 @@ from torch.nn import functional
 from common.errors import ModelError
 from common.silent import SilentAttention
 from common.spec import ModelSpec
+from common.tokens import Choice, dropped, merged, token_scores
+
+Choose = Callable[[Tensor, Tensor, Tensor, Tensor | None], Choice]
+"""From queries, keys and values, (B,H,N,d) each, and how many patches each token stands for."""
+
+
+@dataclass
+class Sizes:
+    """How many patches each token of the images that pass stands for, (B,N); None: one each."""
+
+    now: Tensor | None = None
 
 
 class EfficientAttention(Attention):
-    """timm's attention with its very layers; linear where asked for, and it scores tokens.
+    """timm's attention with its very layers; linear where asked for, and it chooses tokens.
 
     Args:
         attn: whose layers are taken over.
         linear: whether the cost is to grow with N and not with its square.
-        scored: whether ``scores`` (B,N) is to be left behind by every forward.
-        class_token: whether token 0 is one; else the mean query scores.
+        sizes: of the tokens that come, shared by all blocks from the first that chooses.
+        choose: which tokens stay; every forward leaves its ``choice`` behind. None: all of them.
     """
 
-    def __init__(self, attn: Attention, *, linear: bool, scored: bool, class_token: bool) -> None:
+    def __init__(
+        self, attn: Attention, *, linear: bool, sizes: Sizes, choose: Choose | None
+    ) -> None:
         heads, width = attn.num_heads, attn.head_dim
         with torch.device("meta"):  # layers that are thrown away at once
             super().__init__(attn.qkv.in_features, heads, attn_head_dim=width)
         for name, layer in attn.named_children():
             setattr(self, name, layer)
-        self.linear, self.scored, self.class_token = linear, scored, class_token
-        self.scores: Tensor | None = None
+        self.linear, self.sizes, self._choose = linear, sizes, choose
+        self.choice: Choice | None = None
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -61,75 +69,55 @@ class EfficientAttention(Attention):
         shape = images, tokens, 3, self.num_heads, self.head_dim
         q_BHNd, k_BHNd, v_BHNd = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         q_BHNd, k_BHNd = self.q_norm(q_BHNd), self.k_norm(k_BHNd)
-        if self.scored:
-            self.scores = token_scores(q_BHNd, k_BHNd, v_BHNd, self.class_token)
-        attend = linear_attention if self.linear else functional.scaled_dot_product_attention
-        o_BHNd = attend(q_BHNd, k_BHNd, v_BHNd)
+        size_BN = self.sizes.now
+        if self._choose is not None:
+            self.choice = self._choose(q_BHNd, k_BHNd, v_BHNd, size_BN)
+        attend = linear_attention if self.linear else softmax_attention
+        o_BHNd = attend(q_BHNd, k_BHNd, v_BHNd, size_BN)
         out: Tensor = self.proj(o_BHNd.transpose(1, 2).reshape(images, tokens, self.attn_dim))
         return out
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B,H,N,d) each -> (B,H,N,d); sums over tokens are taken in fp32."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> Tensor:
+    """(B,H,N,d) each, sizes (B,N) -> (B,H,N,d)."""
+    bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> Tensor:
+    """(B,H,N,d) each, sizes (B,N) -> (B,H,N,d); sums over tokens are taken in fp32."""
     dtype = v.dtype
     q, k, v = q.float(), k.float(), v.float()
     q, k = functional.elu(q) + 1, functional.elu(k) + 1
+    if size is not None:
+        k = k * size[:, None, :, None]
     # means, not sums: half precision afterwards never overflows
     state_BHdd = k.transpose(-2, -1) @ v / v.shape[-2]
     total_BHN1 = q @ k.mean(-2, keepdim=True).transpose(-2, -1)
     return (q @ state_BHdd / total_BHN1).to(dtype)
 
 
-def token_scores(q: Tensor, k: Tensor, v: Tensor, class_token: bool) -> Tensor:
-    """(B,H,N,d) each -> how much each token counts, (B,N), in fp32; nothing is learnt by it."""
-    q, k, v = (one.detach().float() for one in (q, k, v))
-    query_BH1d = q[:, :, :1] if class_token else q.mean(2, keepdim=True)
-    attention_BHN = (query_BH1d @ k.transpose(-2, -1) / k.shape[-1] ** 0.5).softmax(-1).squeeze(2)
-    scores: Tensor = (attention_BHN * torch.linalg.vector_norm(v, dim=-1)).mean(1)
-    return scores
+class _First:
+    """A forward hook before the first block that merges: images come with a token per patch."""
 
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
 
-def sampled(x: Tensor, scores: Tensor, prefix: int, keep: int, fuse: bool) -> Tensor:
-    """The prefix, the ``keep`` other tokens with the highest scores, and perhaps one for the rest.
-
-    Args:
-        x: tokens, (B,N,C).
-        scores: of them, (B,N).
-        prefix: tokens at the front that always stay.
-        keep: others that stay, fewer than there are.
-        fuse: whether one more stands for those that are dropped.
-
-    Returns:
-        (B, prefix + keep [+ 1], C).
-    """
-    patches_BMC, scores_BM = x[:, prefix:], scores[:, prefix:]
-    order_BM = scores_BM.topk(patches_BMC.shape[1], dim=1).indices
-    kept_BK = order_BM[:, :keep].sort(dim=1).values
-    parts = [x[:, :prefix], _gathered(patches_BMC, kept_BK)]
-    if fuse:
-        gone_BR = order_BM[:, keep:]
-        weight_BR = scores_BM.gather(1, gone_BR).clamp_min(torch.finfo(torch.float32).tiny)
-        weight_BR = weight_BR / weight_BR.sum(1, keepdim=True)
-        rest_BRC = _gathered(patches_BMC, gone_BR)
-        parts.append(weight_BR[:, None].to(rest_BRC.dtype) @ rest_BRC)
-    return torch.cat(parts, dim=1)
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B,M,C) at index (B,K) -> (B,K,C)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    def __call__(self, _block: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        self._sizes.now = None
 
 
 class _Sampler:
     """A forward hook of a block: fewer tokens leave it."""
 
-    def __init__(self, attn: EfficientAttention, prefix: int, keep: int, fuse: bool) -> None:
-        self._attn, self._prefix, self._keep, self._fuse = attn, prefix, keep, fuse
+    def __init__(self, attn: EfficientAttention) -> None:
+        self._attn = attn
 
     def __call__(self, _block: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        scores, self._attn.scores = self._attn.scores, None
-        assert scores is not None
-        return sampled(output, scores, self._prefix, self._keep, self._fuse)
+        choice, self._attn.choice = self._attn.choice, None
+        assert choice is not None
+        self._attn.sizes.now = choice.sizes
+        return choice.of(output)
 
 
 def install(model: VisionTransformer, spec: ModelSpec) -> None:
@@ -138,23 +126,50 @@ def install(model: VisionTransformer, spec: ModelSpec) -> None:
     Raises:
         ModelError: more tokens are to stay than there are, or an attention is not plain.
     """
-    patches, prefix = int(model.patch_embed.num_patches), int(model.num_prefix_tokens)
-    left = patches
+    left, sizes, fewer = int(model.patch_embed.num_patches), Sizes(), False
     for number, block in enumerate(model.blocks):
-        keep = spec.kept_tokens[number] if spec.kept_tokens else patches
-        if keep > patches:
-            raise ModelError(
-                f"block {number} is to keep {keep} tokens; {spec.name} at {spec.image_size} px has "
-                f"{patches}"
-            )
-        scored, linear = keep < left, number in spec.linear_blocks
-        if not (scored or linear) or isinstance(block.attn, SilentAttention):
+        keep = _kept(spec, number, int(model.patch_embed.num_patches))
+        sampled, linear = keep < left, number in spec.linear_blocks
+        if sampled and not fewer:
+            block.register_forward_pre_hook(_First(sizes))
+        fewer = fewer or sampled
+        weighed = fewer and spec.merge_tokens
+        if not (weighed or sampled or linear) or isinstance(block.attn, SilentAttention):
             continue
         assert isinstance(block.attn, Attention)
-        attn = EfficientAttention(
-            block.attn, linear=linear, scored=scored, class_token=model.cls_token is not None
-        )
+        choose = _chooser(model, spec, keep) if sampled else None
+        seen = sizes if fewer else Sizes()  # before, there is a token per patch
+        attn = EfficientAttention(block.attn, linear=linear, sizes=seen, choose=choose)
         block.attn = attn
-        if scored:
-            block.register_forward_hook(_Sampler(attn, prefix, keep, spec.fuse_tokens))
+        if sampled:
+            block.register_forward_hook(_Sampler(attn))
             left = keep
+
+
+def _kept(spec: ModelSpec, block: int, patches: int) -> int:
+    keep = spec.kept_tokens[block] if spec.kept_tokens else patches
+    if keep > patches:
+        raise ModelError(
+            f"block {block} is to keep {keep} tokens; {spec.name} at {spec.image_size} px has "
+            f"{patches}"
+        )
+    return keep
+
+
+def _chooser(model: VisionTransformer, spec: ModelSpec, keep: int) -> Choose:
+    prefix = int(model.num_prefix_tokens)
+    if spec.merge_tokens:
+        return partial(_merging, prefix, keep)
+    return partial(_dropping, prefix, keep, model.cls_token is not None)
+
+
+def _merging(
+    prefix: int, keep: int, _q: Tensor, k: Tensor, _v: Tensor, size: Tensor | None
+) -> Choice:
+    return merged(k, size, prefix, keep)
+
+
+def _dropping(
+    prefix: int, keep: int, class_token: bool, q: Tensor, k: Tensor, v: Tensor, _size: Tensor | None
+) -> Choice:
+    return dropped(token_scores(q, k, v, class_token), prefix, keep)

@@ -9,7 +9,7 @@ Transformers with Vector Norms", 2020). In block l, token i takes from token j t
 with a_h the attention of head h, v_hj its value, W_h its columns of the projection (and the
 layer's scale), g_h its gate. Half of a token stays what it was, by the residual connection:
 
-    R <- (A + I) / 2 R,   and where tokens are dropped or fused R is, as they are
+    R <- (A + I) / 2 R,   and where tokens are dropped or merged R is, as they are
 
 From the identity R becomes (tokens that are left, tokens of the image); the map is the class
 token's row, or the mean of all rows where patches are averaged, over the patches, of sum 1.
@@ -29,33 +29,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.backbone import block_layers
-from common.efficient import EfficientAttention, sampled
+from common.efficient import EfficientAttention
 from common.heads import evaluation_mode
-from common.spec import ModelSpec
 
 TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def patch_shares(model: VisionTransformer, spec: ModelSpec, images: Tensor) -> Tensor:
+def patch_shares(model: VisionTransformer, images: Tensor) -> Tensor:
     """How much of an image's features each patch makes up, (B,h,w), of sum 1 for an image.
 
     Args:
         model: a backbone, pruned, with linear attention or with fewer tokens perhaps.
-        spec: its own.
         images: (B,3,S,S), normalised.
     """
     prefix = int(model.num_prefix_tokens)
-    flow = _Flow(spec, prefix)
+    flow = _Flow()
     with ExitStack() as stack, evaluation_mode(model):
-        for number, (block, layers) in enumerate(
-            zip(model.blocks, block_layers(model), strict=True)
-        ):
+        for block, layers in zip(model.blocks, block_layers(model), strict=True):
             seen = _Seen(layers.attn, getattr(block, "ls1", None))
             hooks = (
                 layers.attn.qkv.register_forward_hook(seen.keep_qkv),
                 layers.attn.proj.register_forward_pre_hook(seen.keep_heads),
-                layers.attn.register_forward_hook(partial(flow.follow, number, seen)),
+                layers.attn.register_forward_hook(partial(flow.follow, seen)),
             )
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -89,8 +85,12 @@ class _Seen:
             return self._heads_BNA.new_zeros(images, tokens, tokens)
         shape = images, tokens, 3, attn.num_heads, attn.head_dim
         q, k, v_BHNd = self._qkv_BNA.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-        linear = isinstance(attn, EfficientAttention) and attn.linear
-        attention_BHNN = (_linear if linear else _softmax)(attn.q_norm(q), attn.k_norm(k))
+        efficient = attn if isinstance(attn, EfficientAttention) else None
+        weigh = _linear if efficient and efficient.linear else _softmax
+        weight_BHNN = weigh(attn.q_norm(q), attn.k_norm(k))
+        if efficient and efficient.sizes.now is not None:
+            weight_BHNN = weight_BHNN * efficient.sizes.now[:, None, None, :]
+        attention_BHNN = weight_BHNN / weight_BHNN.sum(-1, keepdim=True)
         weight_CHd = attn.proj.weight.float().unflatten(1, (attn.num_heads, attn.head_dim))
         if self._scale is not None:
             weight_CHd = weight_CHd * self._scale.float()[:, None, None]
@@ -115,26 +115,21 @@ def _softmax(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _linear(q: Tensor, k: Tensor) -> Tensor:
-    weight_BHNN = (functional.elu(q) + 1) @ (functional.elu(k) + 1).transpose(-2, -1)
-    shares: Tensor = weight_BHNN / weight_BHNN.sum(-1, keepdim=True)
-    return shares
+    weight_BHNN: Tensor = (functional.elu(q) + 1) @ (functional.elu(k) + 1).transpose(-2, -1)
+    return weight_BHNN
 
 
 class _Flow:
     """R, block after block."""
 
-    def __init__(self, spec: ModelSpec, prefix: int) -> None:
-        self._spec, self._prefix = spec, prefix
+    def __init__(self) -> None:
         self.shares: Tensor | None = None
 
-    def follow(
-        self, block: int, seen: _Seen, attn: Any, _inputs: tuple[Any, ...], _output: Tensor
-    ) -> None:
+    def follow(self, seen: _Seen, attn: Any, _inputs: tuple[Any, ...], _output: Tensor) -> None:
         taken_BNN = seen.taken()
         if self.shares is None:
             self.shares = torch.eye(taken_BNN.shape[1]).expand_as(taken_BNN)
         self.shares = (taken_BNN @ self.shares + self.shares) / 2
-        scores = getattr(attn, "scores", None)
-        if scores is not None:  # the block drops tokens once its attention is done
-            keep, fuse = self._spec.kept_tokens[block], self._spec.fuse_tokens
-            self.shares = sampled(self.shares, scores, self._prefix, keep, fuse)
+        choice = getattr(attn, "choice", None)
+        if choice is not None:  # fewer tokens leave the block once its attention is done
+            self.shares = choice.of(self.shares)

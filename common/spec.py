@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from common.errors import ModelError
 
 Triple = tuple[float, float, float]
-_ADDED = ("kept_tokens", "fuse_tokens", "linear_blocks")
+_ADDED = ("kept_tokens", "merge_tokens", "linear_blocks")
 Count = Annotated[int, Field(ge=1, le=65536)]
 Heads = Annotated[int, Field(ge=0, le=65536)]
 """Of a block; with none its attention is gone (common/silent.py)."""
@@ -38,7 +38,9 @@ class ModelSpec(BaseModel):
     kept_tokens: tuple[Count, ...] = Field(
         default=(), description="patch tokens that leave each block; empty: all of them"
     )
-    fuse_tokens: bool = Field(default=False, description="dropped tokens are fused into one")
+    merge_tokens: bool = Field(
+        default=False, description="tokens that go are merged into the most similar, not dropped"
+    )
     linear_blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(), description="numbers of the blocks whose attention is linear"
     )

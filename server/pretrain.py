@@ -114,7 +114,7 @@ def shape_of(settings: BackboneConfig) -> ModelSpec:
         raise ConfigError(f"[backbone] linear_blocks: {error.errors()[0]['msg']}") from error
     if settings.token_macs is None:
         return spec
-    return with_tokens(spec, settings.token_macs, fuse=settings.fuse_tokens)
+    return with_tokens(spec, settings.token_macs, merge=settings.merge_tokens)
 
 
 def pretrain(config: ServerConfig, out: Path, on_progress: OnProgress | None = None) -> Pretrained:

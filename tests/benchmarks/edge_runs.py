@@ -66,6 +66,7 @@ class Variant:
         linear: blocks whose attention is linear.
         tokens: share of the MACs that fewer tokens leave; None: all tokens.
         at: side of images in pixels that this share is of; the same shares of tokens stay at 140.
+        merge: whether tokens that go are merged, not dropped.
         prune: share of the MACs that is pruned in one event behind the first round.
         int8: whether it is judged in 8 bits, too.
         once: whether one seed will do.
@@ -77,6 +78,7 @@ class Variant:
     linear: tuple[int, ...] = ()
     tokens: float | None = None
     at: int = SIDE
+    merge: bool = True
     prune: float | None = None
     int8: bool = False
     once: bool = False
@@ -87,26 +89,28 @@ class Variant:
         spec = ModelSpec.model_validate(changed)
         if self.tokens is None:
             return spec
-        return spec_at(with_tokens(spec_at(spec, self.at), self.tokens), like.image_size)
+        fewer = with_tokens(spec_at(spec, self.at), self.tokens, merge=self.merge)
+        return spec_at(fewer, like.image_size)
 
 
-FIRST, MIDDLE, LAST, HALF = (0, 1, 2), (3, 4, 5), (9, 10, 11), (6, 7, 8, 9, 10, 11)
 LARGE = 336
 LONGER = "dense, trained on"
+TOKENS = "tokens 0.65"
 PRUNED, SMALLEST = "pruned 0.5", "pruned 0.5, tokens 0.8"
-BOTH = "linear 0-2, tokens 0.5"
+BOTH = "linear 6 and 9, tokens 0.47"
 VARIANTS = (
     Variant("dense", int8=True),
-    Variant("tokens 0.65", tokens=0.65),
-    Variant(BOTH, linear=FIRST, tokens=0.5, at=LARGE),
+    Variant(TOKENS, tokens=0.65),
+    Variant(BOTH, linear=(6, 9), tokens=0.47, at=LARGE),
     Variant(LONGER, parent="dense"),
     Variant(PRUNED, parent="dense", against=LONGER, prune=0.5),
     Variant(SMALLEST, parent=PRUNED, against=LONGER, tokens=0.8, int8=True),
+    Variant("tokens 0.65, dropped", tokens=0.65, merge=False, once=True),
     Variant("tokens 0.5", tokens=0.5, once=True),
-    Variant("linear 3-5, tokens 0.47", linear=MIDDLE, tokens=0.47, at=LARGE, once=True),
-    Variant("linear 9-11, tokens 0.45", linear=LAST, tokens=0.45, at=LARGE, once=True),
-    Variant("linear 9-11, tokens 0.65", linear=LAST, tokens=0.65, at=LARGE, once=True),
-    Variant("linear 6-11, tokens 0.65", linear=HALF, tokens=0.65, at=LARGE, once=True),
+    Variant("tokens 0.35", tokens=0.35, once=True),
+    Variant("linear 9, tokens 0.5", linear=(9,), tokens=0.5, at=LARGE, once=True),
+    Variant("linear 6-10, tokens 0.5", linear=(6, 7, 8, 9, 10), tokens=0.5, at=LARGE, once=True),
+    Variant("linear 0-2, tokens 0.65", linear=(0, 1, 2), tokens=0.65, at=LARGE, once=True),
 )
 """The main ones, then a small frontier; MACs of the parent count where there is one."""
 

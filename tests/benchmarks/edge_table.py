@@ -7,12 +7,11 @@ from typing import Any
 from server.compare import Interval, paired_bootstrap, verdict
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
-from tests.benchmarks.edge_runs import BOTH, LONGER, PRUNED, SIDE, SMALLEST, VARIANTS, named
+from tests.benchmarks.edge_runs import BOTH, LONGER, PRUNED, SIDE, SMALLEST, TOKENS, VARIANTS, named
 from tests.benchmarks.edge_speed import FP32, INT8, TORCH
 from tests.benchmarks.plants import Flags
 
 MODEL, PROBE = "model", "probe"
-TOKENS = "tokens 0.65"
 
 Correct = dict[int, dict[str, Flags]]
 """By seed and farm."""

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import backbone
 from common.backbone import build, dense_spec, macs, tokens_by_block
 from common.costs import unit_costs
-from common.efficient import linear_attention, sampled, token_scores
+from common.efficient import linear_attention, softmax_attention
 from common.errors import ConfigError, ModelError
 from common.export import require_parity
 from common.mask import Mask
@@ -25,6 +25,7 @@ from common.runtime import Runtime
 from common.sampling import with_tokens
 from common.spec import ModelSpec
 from common.surgery import prune
+from common.tokens import dropped, halvings, merged, token_scores
 from common.trainable import factors
 from tests.common.test_export import written
 
@@ -32,9 +33,9 @@ OPTIONS = {"depth": 4, "embed_dim": 48, "num_heads": 4, "patch_size": 8}
 PATCHES = 16
 KINDS: dict[str, dict[str, Any]] = {
     "sampled": {"kept_tokens": (16, 9, 9, 5)},
-    "fused": {"kept_tokens": (12, 12, 6, 6), "fuse_tokens": True},
+    "merged": {"kept_tokens": (12, 12, 5, 5), "merge_tokens": True},
     "linear": {"linear_blocks": (1, 3)},
-    "both": {"kept_tokens": (16, 8, 8, 8), "fuse_tokens": True, "linear_blocks": (0, 1, 2)},
+    "both": {"kept_tokens": (16, 8, 8, 8), "merge_tokens": True, "linear_blocks": (0, 1, 2)},
 }
 
 
@@ -91,26 +92,86 @@ def test_scores_are_their_formula(class_token: bool) -> None:
             assert float(found[image, token]) == pytest.approx(total / 3, rel=1e-4)
 
 
-@given(st.integers(0, 1000), st.integers(0, 3), st.integers(2, 12), st.booleans(), st.data())
+@given(st.integers(0, 1000), st.integers(0, 3), st.integers(2, 12), st.data())
 @settings(deadline=None, max_examples=50)
 def test_what_stays_is_the_best_in_order(
-    seed: int, prefix: int, patches: int, fuse: bool, data: st.DataObject
+    seed: int, prefix: int, patches: int, data: st.DataObject
 ) -> None:
     keep = data.draw(st.integers(1, patches - 1))
     x, scores = drawn(seed, 2, prefix + patches, 5), drawn(seed + 1, 2, prefix + patches).abs()
-    found = sampled(x, scores, prefix, keep, fuse)
-    assert found.shape == (2, prefix + keep + fuse, 5)
+    choice = dropped(scores, prefix, keep)
+    found = choice.of(x)
+    assert choice.sizes is None
     for image in range(2):
         ranked = sorted(range(patches), key=lambda j: -float(scores[image, prefix + j]))
-        best, rest = sorted(ranked[:keep]), ranked[keep:]
-        torch.testing.assert_close(found[image, :prefix], x[image, :prefix])
-        torch.testing.assert_close(
-            found[image, prefix : prefix + keep], x[image, prefix:][best], rtol=0, atol=0
-        )
-        if fuse:
-            weight = scores[image, prefix:][rest]
-            mean = (weight[:, None] * x[image, prefix:][rest]).sum(0) / weight.sum()
-            torch.testing.assert_close(found[image, -1], mean, atol=1e-5, rtol=1e-4)
+        best = [prefix + j for j in sorted(ranked[:keep])]
+        torch.testing.assert_close(found[image], x[image, [*range(prefix), *best]], rtol=0, atol=0)
+
+
+@given(st.integers(0, 1000), st.integers(0, 3), st.integers(2, 12), st.data())
+@settings(deadline=None, max_examples=50)
+def test_merged_tokens_are_means_of_the_patches_they_stand_for(
+    seed: int, prefix: int, patches: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(1, patches))
+    keep = data.draw(st.integers(1, first))
+    tokens = prefix + patches
+    x, keys = drawn(seed, 2, tokens, 5), drawn(seed + 1, 2, 3, tokens, 4)
+    shares, sizes = torch.eye(tokens).expand(2, -1, -1), torch.ones(2, tokens)
+    for count in sorted({first, keep} - {patches}, reverse=True):
+        choice = merged(keys[:, :, : shares.shape[1]], sizes, prefix, count)
+        x, shares, sizes = choice.of(x), choice.of(shares), choice.sizes
+        assert x.shape == (2, prefix + count, 5)
+    # every patch is in one token, and a token is the mean of its patches
+    stood_for = shares * sizes[:, :, None]
+    torch.testing.assert_close(stood_for.sum(1), torch.ones(2, tokens))
+    torch.testing.assert_close(stood_for, stood_for.round(), atol=1e-5, rtol=0)
+    assert torch.equal(shares[:, :prefix, :prefix], torch.eye(prefix).expand(2, -1, -1))
+    torch.testing.assert_close(x, shares @ drawn(seed, 2, tokens, 5), atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(0, 1000), st.integers(2, 12), st.data())
+@settings(deadline=None, max_examples=50)
+def test_those_are_merged_that_are_most_alike(seed: int, patches: int, data: st.DataObject) -> None:
+    gone = data.draw(st.integers(1, patches // 2))
+    keys = drawn(seed, 1, 3, patches, 4)
+    shares = merged(keys, None, 0, patches - gone).of(torch.eye(patches)[None])[0]
+    mean = torch.nn.functional.normalize(keys[0].mean(0), dim=-1)
+    likeness = mean[::2] @ mean[1::2].T
+    ranked = sorted(range(len(likeness)), key=lambda one: -float(likeness[one].max()))
+    expected = {(2 * one, 2 * int(likeness[one].argmax()) + 1) for one in ranked[:gone]}
+    together = {(a, b) for a in range(0, patches, 2) for b in range(1, patches, 2)
+                if bool(((shares[:, a] > 0) & (shares[:, b] > 0)).any())}  # fmt: skip
+    assert together == expected
+
+
+def test_more_than_half_is_merged_again_and_again() -> None:
+    assert halvings(16, 5) == [8, 3]
+    assert halvings(7, 1) == [3, 2, 1]
+    assert halvings(4, 4) == []
+
+
+@pytest.mark.parametrize("attend", [softmax_attention, linear_attention])
+def test_a_token_of_some_patches_counts_as_often(attend: Any) -> None:
+    """A merged token is attended to as the equal tokens it stands for are."""
+    q, k, v = (drawn(n, 2, 3, 5, 4) for n in range(3))
+    times = [1, 3, 1, 2, 1]
+    often = [token for token, count in enumerate(times) for _ in range(count)]
+    found = attend(q, k, v, torch.tensor([times, times], dtype=torch.float32))
+    expected = attend(q[:, :, often], k[:, :, often], v[:, :, often], torch.ones(2, 8))
+    torch.testing.assert_close(found, expected[:, :, [often.index(n) for n in range(5)]])
+
+
+def test_equal_patches_can_be_merged_for_nothing() -> None:
+    """Images of one colour and no positions: whatever is merged, the features are those of all."""
+    model, plain = twins(kept_tokens=(8, 8, 4, 2), merge_tokens=True)
+    for one in (model, plain):
+        one.get_parameter("pos_embed").data.zero_()
+    images = torch.full((2, 3, 32, 32), 0.3)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-4)
+        again = model(images[:1])  # what is known of the images before does not matter
+        torch.testing.assert_close(again, plain(images[:1]), atol=1e-5, rtol=1e-4)
 
 
 def test_a_backbone_that_keeps_all_tokens_is_the_plain_one() -> None:
@@ -137,7 +198,7 @@ def test_macs_are_those_that_torch_counts(kind: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         build(spec)(torch.zeros(1, 3, 32, 32))
     counted = counter.get_total_flops() / 2
-    # what is fused, and the sums of linear attention, are hundredths of it
+    # the sums of linear attention are hundredths of it
     assert macs(spec) == pytest.approx(counted, rel=0.03)
     assert macs(spec) < macs(spec_of())
 
@@ -145,7 +206,7 @@ def test_macs_are_those_that_torch_counts(kind: str) -> None:
 def test_tokens_by_block() -> None:
     assert tokens_by_block(spec_of()) == (17,) * 4
     assert tokens_by_block(spec_of(**KINDS["sampled"])) == (17, 17, 10, 10)
-    assert tokens_by_block(spec_of(**KINDS["fused"])) == (17, 14, 14, 8)
+    assert tokens_by_block(spec_of(**KINDS["merged"])) == (17, 13, 13, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +244,7 @@ def test_half_precision_stays_finite() -> None:
 
 def test_a_spec_without_it_is_written_as_before() -> None:
     named = json.loads(spec_of().to_json())
-    assert not {"kept_tokens", "fuse_tokens", "linear_blocks"} & set(named)
+    assert not {"kept_tokens", "merge_tokens", "linear_blocks"} & set(named)
     for changes in KINDS.values():
         spec = spec_of(**changes)
         assert ModelSpec.from_json(spec.to_json()) == spec
@@ -218,15 +279,17 @@ def test_a_budget_of_macs_needs_blocks_that_cost_alike() -> None:
 
 @given(st.floats(0.3, 0.99), st.booleans())
 @settings(deadline=None, max_examples=30)
-def test_a_share_of_the_macs_is_met_and_hardly_more(share: float, fuse: bool) -> None:
+def test_a_share_of_the_macs_is_met_and_hardly_more(share: float, merge: bool) -> None:
     spec = dense_spec("vit_small_patch14_dinov2", 112)
-    sparse = with_tokens(spec, share, fuse=fuse)
+    sparse = with_tokens(spec, share, merge=merge)
+    assert sparse.merge_tokens is merge
     assert macs(sparse) <= share * macs(spec)
-    assert sparse.kept_tokens[:2] == (64, 64), "the first quarter sees all"
-    assert len(set(sparse.kept_tokens)) <= 4
-    more = [min(count + 1, 64) for count in sparse.kept_tokens[2:]]
-    richer = {"kept_tokens": (64, 64, *more)}
-    assert macs(ModelSpec.model_validate(sparse.model_dump() | richer)) > 0.97 * share * macs(spec)
+    left = (64, *sparse.kept_tokens)
+    fewer = [block for block in range(12) if left[block + 1] < left[block]]
+    assert set(fewer) <= ({0, 2, 4, 6} if merge else {2, 5, 8})
+    more = [min(count + 1, 64) for count in sparse.kept_tokens[fewer[0] :]]
+    richer = {"kept_tokens": (*sparse.kept_tokens[: fewer[0]], *more)}
+    assert macs(ModelSpec.model_validate(sparse.model_dump() | richer)) > 0.96 * share * macs(spec)
 
 
 def test_too_little_is_refused() -> None:
