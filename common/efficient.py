@@ -13,7 +13,6 @@ Shapes: B images, N tokens, H heads of d channels, C the backbone's width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None
 
 
 class _First:
-    """A forward hook before the first block that merges: images come with a token per patch."""
+    """A forward hook before the first block that chooses: images come with a token per patch."""
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
@@ -157,19 +156,7 @@ def _kept(spec: ModelSpec, block: int, patches: int) -> int:
 
 
 def _chooser(model: VisionTransformer, spec: ModelSpec, keep: int) -> Choose:
-    prefix = int(model.num_prefix_tokens)
+    prefix, class_token = int(model.num_prefix_tokens), model.cls_token is not None
     if spec.merge_tokens:
-        return partial(_merging, prefix, keep)
-    return partial(_dropping, prefix, keep, model.cls_token is not None)
-
-
-def _merging(
-    prefix: int, keep: int, _q: Tensor, k: Tensor, _v: Tensor, size: Tensor | None
-) -> Choice:
-    return merged(k, size, prefix, keep)
-
-
-def _dropping(
-    prefix: int, keep: int, class_token: bool, q: Tensor, k: Tensor, v: Tensor, _size: Tensor | None
-) -> Choice:
-    return dropped(token_scores(q, k, v, class_token), prefix, keep)
+        return lambda _q, k, _v, size: merged(k, size, prefix, keep)
+    return lambda q, k, v, _size: dropped(token_scores(q, k, v, class_token), prefix, keep)
