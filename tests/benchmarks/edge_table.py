@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from server.compare import Interval, paired_bootstrap, verdict
+from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
 from tests.benchmarks.edge_runs import BOTH, LONGER, PRUNED, SIDE, SMALLEST, TOKENS, VARIANTS, named
 from tests.benchmarks.edge_speed import FP32, INT8, TORCH
+from tests.benchmarks.edge_students import best
 from tests.benchmarks.plants import Flags
 
 MODEL, PROBE = "model", "probe"
@@ -26,15 +27,15 @@ def correct(cells: Sequence[Cell], label: str = MODEL, *, int8: bool = False) ->
     }
 
 
-def compared(found: Correct, against: Correct) -> tuple[Interval, str]:
-    """The paired difference on the seeds that both have; "at most a point and a half below"."""
+def difference(found: Correct, against: Correct) -> Cell:
+    """Paired, on the seeds that both have, with what it means."""
     seeds = sorted(set(found) & set(against))
     sides = [
         {farm: [one[seed][farm] for seed in seeds] for farm in one[seeds[0]]}
         for one in (found, against)
     ]
     interval = paired_bootstrap(*sides)
-    return interval, verdict(interval)
+    return {**interval._asdict(), "verdict": verdict(interval)}
 
 
 def accuracy(found: Correct) -> float:
@@ -46,7 +47,6 @@ def row(
     model: str, found: Correct, against: Correct, about: Mapping[str, Any], speed: Cell | None
 ) -> Cell:
     """One line of the table; latency is None where it was not measured."""
-    interval, words = compared(found, against)
     measured = speed or {}
     return {
         "model": model,
@@ -59,7 +59,7 @@ def row(
         "latency_ratio_to_dense_torch": measured.get("latency_ratio_1thread"),
         "peak_memory_bytes": measured.get("peak_memory_bytes"),
         "accuracy": accuracy(found),
-        "against_dense": {**interval._asdict(), "verdict": words},
+        "against_dense": difference(found, against),
         "seeds": sorted(found),
     }
 
@@ -101,18 +101,35 @@ def table(cells: Sequence[Cell], speed: Cell) -> list[Cell]:
 
 def students(cells: Sequence[Cell]) -> list[Cell]:
     """What a teacher gives a student: each at its best rate, paired on the same images."""
+    made = [cell for cell in cells if cell["kind"] == "student"]
+    teacher = correct([cell for cell in cells if cell["model"] == "dense"])
     found = []
-    for name in sorted({str(cell["model"]) for cell in cells if cell["kind"] == "student"}):
-        sides = []
-        for taught in (True, False):
-            mine = [c for c in cells if c["model"] == name and c.get("taught") == taught]
-            first = min(int(cell["seed"]) for cell in mine)
-            best = max((c for c in mine if c["seed"] == first), key=lambda c: float(c["decide"]))
-            sides.append([cell for cell in mine if cell["lr"] == best["lr"]])
-        interval, words = compared(correct(sides[0]), correct(sides[1]))
-        rates = {"lr_taught": sides[0][0]["lr"], "lr_alone": sides[1][0]["lr"]}
-        found.append({"student": name, **rates, **interval._asdict(), "verdict": words})
+    for name in sorted({str(cell["model"]) for cell in made}):
+        taught, alone = (_at_best_rate(made, name, how) for how in (True, False))
+        right = correct(taught)
+        pairs = {
+            "gain_by_teacher": (right, correct(alone)),
+            "against_teacher": (right, teacher),
+            "int8_against_fp32": (correct(taught, int8=True), right),
+        }
+        found.append(
+            {
+                "student": name,
+                "lr_taught": taught[0]["lr"],
+                "lr_alone": alone[0]["lr"],
+                "int8_file_bytes": taught[0]["int8"]["file_bytes"],
+                **{what: difference(*pair) for what, pair in pairs.items()},
+            }
+        )
     return found
+
+
+def _at_best_rate(cells: Sequence[Cell], name: str, taught: bool) -> list[Cell]:
+    """Runs of a student at the rate that its first seed chose."""
+    mine = [cell for cell in cells if cell["model"] == name and cell["taught"] == taught]
+    first = min(int(cell["seed"]) for cell in mine)
+    lr = best([cell for cell in mine if cell["seed"] == first])
+    return [cell for cell in mine if cell["lr"] == lr]
 
 
 def targets(rows: Sequence[Cell], saved: Sequence[Cell]) -> list[Cell]:
