@@ -47,7 +47,10 @@ class DistilConfig(Terms):
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """A student with its classifier, and how often both it and its teacher are right."""
+    """A student with its classifier, and how often both it and its teacher are right.
+
+    ``curve`` holds its accuracy on the decide part behind every epoch; ``accuracy`` is the best.
+    """
 
     student: Student
     classifier: nn.Linear
@@ -55,6 +58,7 @@ class Distilled:
     threshold: float
     accuracy: float
     teacher_accuracy: float
+    curve: tuple[float, ...]
 
 
 def teach(
@@ -114,7 +118,7 @@ class _Best:
         self, student: Student, classifier: nn.Linear, part: Part, spec: ModelSpec
     ) -> None:
         self._student, self._classifier, self._part, self._spec = student, classifier, part, spec
-        self._accuracy = -1.0
+        self._curve: list[float] = []
         self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def look(self, epoch: int, loss: float) -> None:
@@ -122,10 +126,10 @@ class _Best:
         with evaluation_mode(self._student, self._classifier):
             found = fit.evaluate(self._classifier, *self._extract(self._student))
         log.info("epoch %d: loss %.3f, decide accuracy %.3f", epoch, loss, found.accuracy)
-        if found.accuracy > self._accuracy:
-            self._accuracy = found.accuracy
+        if found.accuracy > max(self._curve, default=-1.0):
             modules = self._student.state_dict(), self._classifier.state_dict()
             self._kept = copy.deepcopy(modules[0]), copy.deepcopy(modules[1])
+        self._curve.append(found.accuracy)
 
     def calibrated(self, teacher: Bundle) -> Distilled:
         """With temperature and threshold, and the teacher judged on the same images."""
@@ -144,8 +148,9 @@ class _Best:
             self._classifier,
             temperature,
             threshold,
-            self._accuracy,
+            max(self._curve),
             judged.accuracy,
+            tuple(self._curve),
         )
 
     def _extract(self, model: nn.Module) -> tuple[Tensor, Tensor]:

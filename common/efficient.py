@@ -55,7 +55,7 @@ class EfficientAttention(Attention):
             super().__init__(attn.qkv.in_features, heads, attn_head_dim=width)
         for name, layer in attn.named_children():
             setattr(self, name, layer)
-        self.linear, self.sizes, self._choose = linear, sizes, choose
+        self.linear, self.sizes, self.choose = linear, sizes, choose
         self.choice: Choice | None = None
 
     def forward(
@@ -69,8 +69,8 @@ class EfficientAttention(Attention):
         q_BHNd, k_BHNd, v_BHNd = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         q_BHNd, k_BHNd = self.q_norm(q_BHNd), self.k_norm(k_BHNd)
         size_BN = self.sizes.now
-        if self._choose is not None:
-            self.choice = self._choose(q_BHNd, k_BHNd, v_BHNd, size_BN)
+        if self.choose is not None:
+            self.choice = self.choose(q_BHNd, k_BHNd, v_BHNd, size_BN)
         attend = linear_attention if self.linear else softmax_attention
         o_BHNd = attend(q_BHNd, k_BHNd, v_BHNd, size_BN)
         out: Tensor = self.proj(o_BHNd.transpose(1, 2).reshape(images, tokens, self.attn_dim))
@@ -143,6 +143,14 @@ def install(model: VisionTransformer, spec: ModelSpec) -> None:
         if sampled:
             block.register_forward_hook(_Sampler(attn))
             left = keep
+
+
+def chooses_tokens(model: nn.Module) -> bool:
+    """Whether which tokens go is decided image by image."""
+    return any(
+        isinstance(module, EfficientAttention) and module.choose is not None
+        for module in model.modules()
+    )
 
 
 def _kept(spec: ModelSpec, block: int, patches: int) -> int:

@@ -22,6 +22,7 @@ from onnx import NodeProto, TensorProto, helper
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from common.efficient import chooses_tokens
 from common.errors import ModelError
 from common.manifest import Tensor
 from common.objects import place_of
@@ -31,7 +32,7 @@ from common.spec import ModelSpec
 OPSET = 18
 TOLERANCE = 1e-4
 """Of the largest feature, or of 1: what two ways of adding up the same numbers may differ by."""
-PROBES = 2
+PROBES = 4
 MOST_CONSTANTS = 64
 """Numbers of a constant that is the graph's own: shapes, axes, scales."""
 
@@ -128,13 +129,17 @@ def whole(graph: bytes, objects: Path) -> bytes:
 def require_parity(model: nn.Module, side: int, runtime: Runtime) -> float:
     """Compare both forms on drawn images; returns the largest difference.
 
+    Where tokens are chosen, one image may differ by more: its choice can hang on the last bit of a
+    likeness, which each way of adding up has to itself. A wrong graph differs on all of them.
+
     Raises:
         ModelError: it is above :data:`TOLERANCE`.
     """
     shape = PROBES, 3, side, side
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     expected = model.eval()(torch.from_numpy(images)).numpy()
-    worst = float(np.abs(runtime.features(images) - expected).max())
+    by_image = np.sort(np.abs(runtime.features(images) - expected).max(axis=1))
+    worst = float(by_image[-2 if chooses_tokens(model) else -1])
     if not worst <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise ModelError(f"ONNX Runtime and torch differ by {worst:.2g}; nothing is written")
     return worst

@@ -6,9 +6,10 @@ whole test parts; differences are paired on the same images.
 
     backbones   runs of the product's own rounds in the lab, federated over the farms: three rounds
                 from the shared weights, and from what those left for what is pruned
-    students    local, 30 epochs at each farm, with its dense backbone as teacher and without
+    students    local, 60 epochs at each farm from random weights and 30 from weights of its own,
+                with the farm's dense backbone as teacher and without
     latency     one interleaved run, batch 1, in ONNX Runtime and torch, at one thread and at all
-    parity      logits of torch and ONNX Runtime on test images, beside each run of a backbone
+    parity      logits of torch and ONNX Runtime on test images
     MACs        counted from the specs at 140, 224, 336 and 672 px, nothing trained
 
 Backbones take some three minutes each on two idle cores, students five with a teacher and two
@@ -23,10 +24,11 @@ from functools import partial
 
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
+from tests.benchmarks.edge_parity import parity_cell
 from tests.benchmarks.edge_runs import SIDE, VARIANTS, Scale, run, saved
 from tests.benchmarks.edge_speed import speed_cell
 from tests.benchmarks.edge_students import STUDENTS, lessons
-from tests.benchmarks.edge_table import by_variant, parities, students, table, targets
+from tests.benchmarks.edge_table import by_variant, students, table, targets
 
 SIDES = (SIDE, 224, 336, 672)
 
@@ -62,7 +64,7 @@ def speed(cells: Cells, scale: Scale, made: Sequence[Cell]) -> Cell | None:
     return cells.run("speed", partial(speed_cell, scale, specs, names))
 
 
-def result(made: Sequence[Cell], macs: Cell, timed: Cell) -> Cell:
+def result(made: Sequence[Cell], macs: Cell, same: Cell, timed: Cell) -> Cell:
     """All figures."""
     rows = table(made, timed)
     return {
@@ -70,9 +72,9 @@ def result(made: Sequence[Cell], macs: Cell, timed: Cell) -> Cell:
         "targets": targets(rows, macs["rows"]),
         "macs": macs["rows"],
         "students": students(made),
-        "parity": parities(made),
+        "parity": same["rows"],
         "latency": timed["rows"],
-        "commits": sorted({str(cell["commit"]) for cell in (*made, macs, timed)}),
+        "commits": sorted({str(cell["commit"]) for cell in (*made, macs, same, timed)}),
     }
 
 
@@ -81,10 +83,11 @@ def play(scale: Scale, cells: Cells) -> Cell | None:
     macs = cells.run("MACs", costs)
     runs = [*backbones(cells, scale), *lessons(cells, scale)]
     made = [one for one in runs if one]
-    if len(made) < len(runs) or macs is None:
+    same = cells.run("parity", partial(parity_cell, scale))
+    if len(made) < len(runs) or macs is None or same is None:
         return None
     timed = speed(cells, scale, made)
-    return None if timed is None else result(made, macs, timed)
+    return None if timed is None else result(made, macs, same, timed)
 
 
 def main() -> None:

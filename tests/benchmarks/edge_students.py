@@ -91,16 +91,17 @@ def lesson(scale: Scale, about: Lesson) -> Cell:
         work = partial(_farm, scale, about, teacher, manifest)
         found = dict(zip(scale.farms, pool.map(work, scale.farms), strict=True))
     student = Student(about.student).eval()
+    curve = np.mean([one.curve for one in found.values()], axis=0)
     return {
         "kind": "student",
         "model": about.student,
         "taught": about.taught,
         "lr": about.lr,
         "seed": about.seed,
-        "epochs": scale.epochs,
+        "curve": [round(float(share), 4) for share in curve],
         "macs": cost_of(exported(student, SIDE), SIDE).macs,
         "parameters": parameters(student),
-        "decide": fmean(one.decide for one in found.values()),
+        "decide": fmean(max(one.curve) for one in found.values()),
         "file_bytes": max(one.sizes[0] for one in found.values()),
         "correct": plants.packed_by({"model": {n: one.correct[0] for n, one in found.items()}}),
         "int8": {
@@ -122,9 +123,9 @@ def _manifest(path: Path) -> Manifest:
 
 @dataclass(frozen=True, eq=False)
 class _Learnt:
-    """In fp32 and in 8 bits: bytes, and which test images were right."""
+    """Decide accuracy by epoch; in fp32 and in 8 bits: bytes, and which test images were right."""
 
-    decide: float
+    curve: tuple[float, ...]
     sizes: tuple[int, int]
     correct: tuple[Flags, Flags]
 
@@ -145,10 +146,11 @@ def _farm(scale: Scale, about: Lesson, path: Path, manifest: Manifest, name: str
     )
     teacher = Bundle(version, model, classifier.requires_grad_(False))
     weight = 1.0 if about.taught else 0.0
+    begun = STUDENTS[about.student]
     config = DistilConfig(
         student=about.student,
-        weights=STUDENTS[about.student],
-        epochs=scale.epochs,
+        weights=begun,
+        epochs=scale.epochs[begun is not None],
         lr=about.lr,
         alpha=weight,
         beta=weight,
@@ -159,7 +161,7 @@ def _farm(scale: Scale, about: Lesson, path: Path, manifest: Manifest, name: str
     pair = plain, calibrated(plain, folder.fit)
     sizes = [len(one.graph) + 4 * int(np.size(one.weight)) for one in pair]
     return _Learnt(
-        made.accuracy,
+        made.curve,
         (sizes[0], sizes[1]),
         (judged(pair[0], folder), judged(pair[1], folder)),
     )

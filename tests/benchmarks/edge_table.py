@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from server.compare import paired_bootstrap, verdict
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
@@ -106,6 +108,7 @@ def students(cells: Sequence[Cell]) -> list[Cell]:
     found = []
     for name in sorted({str(cell["model"]) for cell in made}):
         taught, alone = (_at_best_rate(made, name, how) for how in (True, False))
+        sides = {"taught": taught, "alone": alone}
         right = correct(taught)
         pairs = {
             "gain_by_teacher": (right, correct(alone)),
@@ -118,10 +121,17 @@ def students(cells: Sequence[Cell]) -> list[Cell]:
                 "lr_taught": taught[0]["lr"],
                 "lr_alone": alone[0]["lr"],
                 "int8_file_bytes": taught[0]["int8"]["file_bytes"],
+                **{f"decide_{how}": by_third(one) for how, one in sides.items()},
                 **{what: difference(*pair) for what, pair in pairs.items()},
             }
         )
     return found
+
+
+def by_third(cells: Sequence[Cell]) -> list[float]:
+    """Mean decide accuracy in each third of the epochs: whether the last still gains anything."""
+    thirds = np.array_split(np.mean([cell["curve"] for cell in cells], axis=0), 3)
+    return [round(float(third.mean()), 4) for third in thirds]
 
 
 def _at_best_rate(cells: Sequence[Cell], name: str, taught: bool) -> list[Cell]:
@@ -166,15 +176,6 @@ def _ratio(one: Cell, key: str, other: Cell) -> float:
 def _target(name: str, found: float, bound: float, *, most: bool = False) -> Cell:
     met = found <= bound if most else found >= bound
     return {"target": name, "found": found, "bound": bound, "met": bool(met)}
-
-
-def parities(cells: Sequence[Cell]) -> list[Cell]:
-    """The largest difference of logits by backbone."""
-    return [
-        {"model": cell["model"], "seed": cell["seed"], **cell["parity"]}
-        for cell in cells
-        if "parity" in cell
-    ]
 
 
 def by_variant(name: str) -> bool:

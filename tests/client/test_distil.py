@@ -82,6 +82,7 @@ def test_a_student_learns_and_is_the_same_twice(
     before = [parameter.clone() for parameter in teacher.model.parameters()]
     made = teach(teacher, folder, config(epochs=6))
     assert made.accuracy > 1 / 3, "not better than a guess"
+    assert len(made.curve) == 6 and made.accuracy == max(made.curve)
     assert all(map(torch.equal, before, teacher.model.parameters())), "the teacher has learnt"
     found = fit.evaluate(
         made.classifier, *fit.extract(made.student, folder.decide, teacher.about.manifest.spec)

@@ -21,6 +21,7 @@ from common.efficient import linear_attention, softmax_attention
 from common.errors import ConfigError, ModelError
 from common.export import require_parity
 from common.mask import Mask
+from common.pixels import Floats
 from common.runtime import Runtime
 from common.sampling import with_tokens
 from common.spec import ModelSpec
@@ -221,6 +222,30 @@ def test_it_is_cut_kept_and_exported_like_any_other(kind: str, tmp_path: Path) -
     assert torch.equal(features(again), features(smaller))
     graph, objects = written(tmp_path, (again, again_spec))
     require_parity(again, again_spec.image_size, Runtime(graph, objects.folder))
+
+
+class Astray(Runtime):
+    """Differs from its graph on the first so many images."""
+
+    def __init__(self, graph: bytes, objects: Path, count: int) -> None:
+        super().__init__(graph, objects)
+        self._count = count
+
+    def features(self, images: Floats) -> Floats:
+        """Off by .01 on some."""
+        found = super().features(images)
+        found[: self._count] += 0.01
+        return found
+
+
+@pytest.mark.parametrize(("kind", "may_differ"), [("linear", 0), ("sampled", 1), ("merged", 1)])
+def test_one_choice_may_hang_on_the_last_bit(kind: str, may_differ: int, tmp_path: Path) -> None:
+    spec = spec_of(**KINDS[kind])
+    model = build(spec)
+    graph, objects = written(tmp_path, (model, spec))
+    require_parity(model, spec.image_size, Astray(graph, objects.folder, may_differ))
+    with pytest.raises(ModelError, match="nothing is written"):
+        require_parity(model, spec.image_size, Astray(graph, objects.folder, may_differ + 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
