@@ -12,9 +12,10 @@ whole test parts; differences are paired on the same images.
     parity      logits of torch and ONNX Runtime on test images
     MACs        counted from the specs at 140, 224, 336 and 672 px, nothing trained
 
-Backbones take some three minutes each on two idle cores, students five with a teacher and two
-alone, all some hundred minutes; cells go by importance. Latency means something on an idle machine
-alone: it is the last cell, and ``ONLY=speed`` measures it again. Frontier cells have one seed.
+On two cores backbones take two to ten minutes each, students nine with a teacher and five alone,
+157 in all: call it again where two hours were too few, cells go by importance. Latency means
+something on an idle machine alone: it is the last cell, and ``ONLY=speed`` measures it again.
+Frontier cells have one seed.
 """
 
 import json

@@ -29,15 +29,15 @@ def correct(cells: Sequence[Cell], label: str = MODEL, *, int8: bool = False) ->
     }
 
 
-def difference(found: Correct, against: Correct) -> Cell:
-    """Paired, on the seeds that both have, with what it means."""
+def difference(found: Correct, against: Correct, **bounds: float) -> Cell:
+    """Paired, on the seeds that both have, with what it means; bounds are those of ``verdict``."""
     seeds = sorted(set(found) & set(against))
     sides = [
         {farm: [one[seed][farm] for seed in seeds] for farm in one[seeds[0]]}
         for one in (found, against)
     ]
     interval = paired_bootstrap(*sides)
-    return {**interval._asdict(), "verdict": verdict(interval)}
+    return {**interval._asdict(), "verdict": verdict(interval, **bounds)}
 
 
 def accuracy(found: Correct) -> float:
@@ -110,10 +110,10 @@ def students(cells: Sequence[Cell]) -> list[Cell]:
         taught, alone = (_at_best_rate(made, name, how) for how in (True, False))
         sides = {"taught": taught, "alone": alone}
         right = correct(taught)
-        pairs = {
-            "gain_by_teacher": (right, correct(alone)),
-            "against_teacher": (right, teacher),
-            "int8_against_fp32": (correct(taught, int8=True), right),
+        compared = {
+            "gain_by_teacher": difference(right, correct(alone), floor=0.0),  # a gain, or none
+            "against_teacher": difference(right, teacher),
+            "int8_against_fp32": difference(correct(taught, int8=True), right, margin=0.01),
         }
         found.append(
             {
@@ -122,7 +122,7 @@ def students(cells: Sequence[Cell]) -> list[Cell]:
                 "lr_alone": alone[0]["lr"],
                 "int8_file_bytes": taught[0]["int8"]["file_bytes"],
                 **{f"decide_{how}": by_third(one) for how, one in sides.items()},
-                **{what: difference(*pair) for what, pair in pairs.items()},
+                **compared,
             }
         )
     return found
