@@ -3,7 +3,8 @@
 Static quantisation: how large activations get is measured beforehand on images of the farm itself,
 so that nothing has to be measured while it classifies. Products alone are quantised, weights
 channel by channel; all else stays fp32. So does the one convolution by which a transformer reads
-its patches: it is a hundredth of the cost, and every error of it reaches all blocks.
+its patches: it is a hundredth of the cost, and every error of it reaches all blocks. A network of
+convolutions keeps its first few in fp32 for the same reason.
 """
 
 import logging
@@ -21,6 +22,12 @@ from common.runtime import INPUT
 
 PRODUCTS = ("MatMul", "Gemm")
 CONVOLUTION = "Conv"
+EXACT_CONVOLUTIONS = 10
+"""Of a network of convolutions, how many stay fp32 at its start: a stem and three blocks.
+
+All in 8 bits cost tf_efficientnet_lite0 12.8 and 6 points on two farms; so, none on either. The
+graph is as fast, and hardly larger: early convolutions have few weights.
+"""
 
 
 class _Images(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -46,12 +53,15 @@ def quantised(graph: bytes, images: Iterable[Floats]) -> bytes:
         plain, prepared, small = (Path(folder) / name for name in ("plain", "prepared", "small"))
         plain.write_bytes(graph)
         quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+        convolutions = _convolutions(prepared)
+        network = len(convolutions) > 1
         quantization.quantize_static(
             str(prepared),
             str(small),
             _Images(images),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=_products(prepared),
+            op_types_to_quantize=[*PRODUCTS, CONVOLUTION] if network else list(PRODUCTS),
+            nodes_to_exclude=convolutions[:EXACT_CONVOLUTIONS],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -59,10 +69,9 @@ def quantised(graph: bytes, images: Iterable[Floats]) -> bytes:
         return small.read_bytes()
 
 
-def _products(graph: Path) -> list[str]:
-    kinds = [node.op_type for node in onnx.load(graph).graph.node]
-    convolutional = kinds.count(CONVOLUTION) > 1
-    return [*PRODUCTS, CONVOLUTION] if convolutional else list(PRODUCTS)
+def _convolutions(graph: Path) -> list[str]:
+    """Their names, in the order in which an image passes them."""
+    return [node.name for node in onnx.load(graph).graph.node if node.op_type == CONVOLUTION]
 
 
 @contextmanager
