@@ -33,17 +33,18 @@ CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
     ("taylor", 0.5, (0, 1, 2)),
     ("taylor", 0.64, (0, 1, 2)),
-    (FARMS, 0.5, (0, 1)),
-    (FARMS, 0.64, (0, 1)),
-    (PLAIN, 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
     (TORCH_PRUNING, 0.5, (0, 1)),
     ("taha", 0.5, (0, 1)),
     ("l1gates", 0.5, (0, 1)),
+    (FARMS, 0.5, (0, 1)),
+    (FARMS, 0.64, (0, 1)),
+    (PLAIN, 0.5, (0, 1)),
     ("taylor", 0.4, (0,)),
     ("taylor", 0.3, (0,)),
 )
+"""In the order of their cells: the figures of the default first, on all their seeds."""
 
 
 def plan_of(name: str, ratio: float) -> PlanConfig:
