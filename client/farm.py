@@ -244,7 +244,8 @@ class Farm:
         with torch.inference_mode():
             batches = self._folder.fit.batches(spec, MOMENTS_BATCH)
             chosen = (images for images, _ in batches)
-            found = collect_moments(model, chosen, neurons=request.moments == "all")
+            neurons = request.moments == "all"
+            found = collect_moments(model, chosen, neurons, self._autocast)
         return moments.pack(found, request.moments)
 
     def _learn(

@@ -29,6 +29,7 @@ from torch import Tensor
 from common.backbone import block_layers
 from common.errors import ConfigError, DataError, ProtocolError, RejectReason
 from common.heads import evaluation_mode, tap_heads
+from common.precision import bfloat16
 from common.tensors import header_of
 
 FEATURES = 64
@@ -236,7 +237,11 @@ class _Collector:
 
 @torch.no_grad()
 def compute_anchors(
-    model: VisionTransformer, batches: Iterable[Tensor], seed: int, coral: bool = False
+    model: VisionTransformer,
+    batches: Iterable[Tensor],
+    seed: int,
+    coral: bool = False,
+    autocast: bool = False,
 ) -> Anchors:
     """Anchors of ``model`` on source images.
 
@@ -245,6 +250,7 @@ def compute_anchors(
         batches: image batches (B,3,S,S), shuffled: sigma is read off the first SIGMA_POOL images.
         seed: of W, b and the sample that gives sigma; 0 <= seed < 2**63.
         coral: also keep mean and covariance, for the CORAL variant (1.2 MB for a ViT-S).
+        autocast: run the forward pass in bfloat16, as farms do that train in it.
 
     Raises:
         DataError: fewer than two images, or the backbone's outputs are not finite.
@@ -253,7 +259,8 @@ def compute_anchors(
     collector = _Collector(seed, coral)
     with evaluation_mode(model), tap_heads(model) as taps:
         for images in batches:
-            model(images.to(device))
+            with bfloat16(device, autocast):
+                model(images.to(device))
             collector.add(torch.cat(taps, 1))
     if collector.count < 2:
         raise DataError("anchors need at least two source images; add images to the source folder")

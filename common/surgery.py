@@ -15,6 +15,7 @@ W G[:,K] (G[K,K] + eps I)^-1 shrinks small directions away beside a ViT's massiv
 Shapes: R images times tokens, A channels into a layer, O channels out of it.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from common.errors import DataError, ModelError
 from common.heads import PreHook, evaluation_mode, registered
 from common.layout import Floats, Layout
 from common.mask import Keep
+from common.precision import bfloat16
 from common.spec import ModelSpec
 from common.trainable import FACTOR
 
@@ -164,7 +166,10 @@ def _cuts(spec: ModelSpec, keep: Keep) -> dict[str, tuple[int, Tensor]]:
 
 @torch.no_grad()
 def collect_moments(
-    model: VisionTransformer, batches: Iterable[Tensor], neurons: bool = True
+    model: VisionTransformer,
+    batches: Iterable[Tensor],
+    neurons: bool = True,
+    autocast: bool = False,
 ) -> Moments:
     """Second moments of what enters ``proj`` and ``fc2``, over all tokens of all images.
 
@@ -172,6 +177,7 @@ def collect_moments(
         model: the backbone to be cut; its train/eval mode is left as found.
         batches: image batches (B,3,S,S).
         neurons: of ``fc2`` too, which is as much work as the forward pass.
+        autocast: run the forward pass in bfloat16; products and sums are as exact as without.
 
     Raises:
         DataError: no images, or activations that are not finite.
@@ -187,7 +193,11 @@ def collect_moments(
     hooks = [(layer, _accumulator(total)) for layer, total in zip(layers, sums, strict=True)]
     with evaluation_mode(model), registered(hooks):
         for images in batches:
-            model(images.to(device))
+            with bfloat16(device, autocast):
+                model(images.to(device))
+    for total in sums:
+        for start, end in _strips(len(total)):
+            total[end:, start:end] = total[start:end, end:].T
     if sums[0][-1, -1] == 0:
         raise DataError("compensation needs images; check the source folder")
     if not all(torch.isfinite(total).all() for total in sums):
@@ -197,17 +207,27 @@ def collect_moments(
 
 
 def _accumulator(total: Tensor) -> PreHook:
-    """Add x^T x of a batch, in the model's own precision, to a float64 sum.
+    """Add x^T x of a batch to a float64 sum, on and right of its diagonal strips.
 
-    Rounding in fp32 stays far below the ridge, and fp64 products would take twice as long.
+    Products are in the model's own precision, at least fp32: rounding stays far below the ridge,
+    and fp64 would take twice as long.
     """
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
         x_RA = args[0].flatten(0, -2)
+        x_RA = x_RA.float() if x_RA.dtype == torch.bfloat16 else x_RA
         x_RA = torch.cat([x_RA, x_RA.new_ones((len(x_RA), 1))], 1)
-        total.add_(x_RA.T @ x_RA)
+        with torch.autocast(x_RA.device.type, enabled=False):
+            for start, end in _strips(len(total)):
+                total[start:end, start:].add_(x_RA[:, start:end].T @ x_RA[:, start:])
 
     return hook
+
+
+def _strips(side: int, count: int = 4) -> list[tuple[int, int]]:
+    """Rows of a symmetric matrix in strips: what is left of their diagonal is not computed."""
+    edges = [side * number // count for number in range(count + 1)]
+    return list(itertools.pairwise(edges))
 
 
 # --- compensation ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from common.mask import Mask
 from common.messages import Extent
 from common.moments import together, unpack
 from common.networks import Network
+from common.precision import bf16_supported
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec, Spec
 from common.step import Cut, Step
@@ -322,7 +323,7 @@ class RoundCloser:
         found = None
         if self._source is not None:
             neurons = self._config.plan.cuts_neurons
-            found = collect_moments(model, self._source(spec), neurons)
+            found = collect_moments(model, self._source(spec), neurons, bf16_supported())
         if work.moments is None:
             return found
         for row, reader in zip(replies, readers, strict=True):
@@ -362,7 +363,7 @@ class RoundCloser:
         if self._source is not None:
             model, spec = end.network
             seed, coral = self._config.seed, self._config.train.dal == "coral"
-            anchors = compute_anchors(model, self._source(spec), seed, coral)
+            anchors = compute_anchors(model, self._source(spec), seed, coral, bf16_supported())
             self._models.save_anchors(end.mask.digest, anchors)
 
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 BACKOFF_SECONDS, BACKOFF_LIMIT = 1.0, 30.0
+JOINING_SECONDS = 2.0
+"""Between two looks for nodes that have come online since."""
 GREETING_SECONDS = 120.0
 """A device that was just switched on needs a minute to say who it is."""
 
@@ -53,6 +55,8 @@ class Exchange:
         sent: told of (node, attempt, size in bytes) for every message sent.
         fault: told of (node, reason, detail) for every message lost, malformed or not made.
         late: judges an answer owed from an earlier exchange, as ``accept`` does.
+        joining: nodes to ask too, looked for while the exchange goes on; those asked before are
+            not asked anew.
     """
 
     nodes: Sequence[int]
@@ -61,6 +65,7 @@ class Exchange:
     sent: Callable[[int, int, int], None]
     fault: Callable[[int, RejectReason, str], None]
     late: Accept | None = None
+    joining: Callable[[], Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,19 @@ class _Progress:
 
     def __init__(self, nodes: Sequence[int], owed: dict[str, Owed]) -> None:
         self.open = {node: _Farm(node) for node in nodes}
+        self.known = set(nodes)
+        self.look_at = 0.0
         self.owed = owed
         self.busy = {debt.node for debt in owed.values()}
         self.by_message: dict[str, _Farm] = {}
         self.accepted = 0
         self.at_work = len(self.busy)
         self.quorum_at: float | None = None
+
+    def join(self, nodes: Sequence[int]) -> None:
+        """Ask these, too, unless they are known already."""
+        self.open |= {node: _Farm(node) for node in nodes if node not in self.known}
+        self.known |= set(nodes)
 
     def launch(self, farm: _Farm, message_id: str) -> None:
         self.at_work += not farm.flights
@@ -151,6 +163,7 @@ class Collector:
         progress = _Progress(exchange.nodes, owed)
         quorum = quorum_of(len(progress.open), self._rules)
         while progress.open and not self._closed(progress, quorum):
+            self._look_for_more(exchange, progress)
             self._send_waiting(exchange, progress)
             for delivery in self._link.poll([*progress.by_message, *progress.owed]):
                 if delivery.message_id in progress.owed:
@@ -164,6 +177,12 @@ class Collector:
             for message_id, attempt in farm.flights.items():
                 owed[message_id] = Owed(farm.node, attempt, farm.deadline)
         return progress.accepted
+
+    def _look_for_more(self, exchange: Exchange, progress: _Progress) -> None:
+        now = self._clock.now()
+        if exchange.joining is not None and now >= progress.look_at:
+            progress.look_at = now + JOINING_SECONDS
+            progress.join(exchange.joining())
 
     def _closed(self, progress: _Progress, quorum: int) -> bool:
         if progress.accepted < quorum:
@@ -274,7 +293,7 @@ def greeting_rules(rules: RoundConfig, known: int, strangers: int) -> RoundConfi
     """
     wanted = rules.min_farms - known
     changes: dict[str, object] = {
-        "max_in_flight": strangers,  # a hello trains nothing: nobody needs to wait for a turn
+        "max_in_flight": 10_000,  # a hello trains nothing: nobody needs to wait for a turn
         "mode": "sync",
         # an older farm says which protocol it speaks, and is asked again
         "attempts": max(2, rules.attempts),

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -220,11 +221,13 @@ def _anchors(
 ) -> bytes:
     batches = source_batches(folder, spec, config.backbone.anchor_images, config.seed)
     coral = config.train.dal == "coral"
-    return compute_anchors(model, batches, config.seed, coral=coral).to_bytes()
+    anchors = compute_anchors(model, batches, config.seed, coral, autocast=bf16_supported())
+    return anchors.to_bytes()
 
 
 def _source_accuracy(model: VisionTransformer, spec: ModelSpec, folder: FarmFolder) -> float:
-    classifier = fit_classifier(*extract(model, folder.fit, spec), len(folder.classes))
-    accuracy = evaluate(classifier, *extract(model, folder.decide, spec)).accuracy
+    seen = partial(extract, model, spec=spec, autocast=bf16_supported())
+    classifier = fit_classifier(*seen(folder.fit), len(folder.classes))
+    accuracy = evaluate(classifier, *seen(folder.decide)).accuracy
     log.info("source species: decide accuracy %.3f", accuracy)
     return accuracy

@@ -135,8 +135,8 @@ class RoundLoop:
         folder = self._config.backbone.source
         if folder is None:
             return None
-        count, seed = self._config.backbone.anchor_images, self._config.seed
-        return partial(source_batches, folder, count=count, seed=seed)
+        count = self._config.backbone.anchor_images
+        return partial(source_batches, folder, count=count, seed=self._config.seed)
 
     # --- farms -----------------------------------------------------------------------------
 
@@ -144,7 +144,8 @@ class RoundLoop:
         """Wait until enough farms are online, then ask each who it is."""
         rules = self._config.rounds
         limit = self._clock.now() + rules.deadline_seconds
-        told = False
+        if len(self._link.online()) < rules.min_farms:
+            log.info("waiting for %d farms", rules.min_farms)
         while len(self._link.online()) < rules.min_farms:
             if self._clock.now() > limit:
                 raise StateError(
@@ -152,27 +153,30 @@ class RoundLoop:
                     f"within {rules.deadline_seconds:.0f} s; start the farms or lower "
                     "rounds.min_farms"
                 )
-            if not told:
-                log.info("waiting for %d farms", rules.min_farms)
-                told = True
             self._clock.sleep(1.0)
         self._meet()
         if not self._intake.farms:
             raise StateError("no farm answered; 'fieldfed-server status' shows why")
 
     def _meet(self) -> None:
-        """Ask farms that we do not know yet who they are and what they hold."""
-        strangers = [node for node in self._link.online() if node not in self._intake.farms]
-        if strangers:
+        """Ask farms that we do not know yet who they are and what they hold.
+
+        A farm whose SuperNode starts again meanwhile has a new number, and is asked by that too.
+        """
+        if strangers := self._strangers():
             exchange = Exchange(
                 nodes=strangers,
                 request=self._requests.hello,
                 accept=self._intake.hello(),
                 sent=lambda _node, _attempt, _size: None,
                 fault=partial(self._intake.quarantine, 0),
+                joining=self._strangers,
             )
-            known = len(self._intake.farms)
-            self._ask(exchange, greeting_rules(self._config.rounds, known, len(strangers)), 0)
+            rules, known = self._config.rounds, len(self._intake.farms)
+            self._ask(exchange, greeting_rules(rules, known, len(strangers)), 0)
+
+    def _strangers(self) -> list[int]:
+        return [node for node in self._link.online() if node not in self._intake.farms]
 
     def _ask(
         self,
@@ -181,8 +185,8 @@ class RoundLoop:
         number: int,
         owed: dict[str, Owed] | None = None,
     ) -> int:
-        jitter = self._config.seed + number
-        return Collector(self._link, self._clock, rules, jitter).run(exchange, owed)
+        collector = Collector(self._link, self._clock, rules, self._config.seed + number)
+        return collector.run(exchange, owed)
 
     def _asked(self, number: int) -> list[int]:
         """The farms of a round: all that are not paused, or a sample of those online."""

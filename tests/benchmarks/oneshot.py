@@ -6,6 +6,7 @@ part, with the classifier that was fitted to the dense checkpoint and with one f
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,7 @@ from common.anchors import Anchors, compute_anchors
 from common.budget import Budget, choose_mask
 from common.codec import Bytes
 from common.config import BackboneConfig, TrainConfig
+from common.files import only_one
 from common.images import FarmFolder, Part, Purpose, open_folder
 from common.mask import Mask
 from common.pixels import Pixels, load_image
@@ -75,10 +77,13 @@ class Checkpoint:
         return self.folder / ANCHORS_FILE
 
     def make(self) -> None:
-        """Warm up, unless that has been done."""
+        """Warm up, unless that has been done; another call that is at it is waited for."""
+        with only_one(self.folder / "making", seconds=3600):
+            self._make()
+
+    def _make(self) -> None:
         if self.path.is_file() and self.anchors.is_file():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self.folder / "fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         plants.play(TrainConfig(), WARM_UP, self.seed, keep=fresh)
@@ -158,7 +163,8 @@ def moments_farm(checkpoint: Checkpoint, name: str) -> tuple[int, Bytes]:
     model, spec = backbone.load_backbone(checkpoint.path)
     part = _images(checkpoint, name).fit
     with torch.inference_mode():
-        found = collect_moments(model, (images for images, _ in part.batches(spec, 32)))
+        batches = (images for images, _ in part.batches(spec, 32))
+        found = collect_moments(model, batches, autocast=bf16_supported())
     return len(part), moments.pack(found, "all")
 
 
@@ -298,8 +304,9 @@ class Bench:
 
     def cut(self, criterion: str, budget: Budget, methods: Sequence[Method]) -> Cut:
         """Choose the mask of a budget, and judge it with each compensation."""
-        mask, folder = self.mask(criterion, budget), self._checkpoint.folder
-        judged = {}
+        mask, judged = self.mask(criterion, budget), {}
+        folder = self._checkpoint.folder / f"cut-{os.getpid()}"
+        folder.mkdir(exist_ok=True)
         for method in methods:
             judged[method] = self._judge(self.save_cut(mask, method, folder, criterion == FARMS))
         return Cut(mask, judged)
@@ -320,7 +327,8 @@ class Bench:
     def save_anchors(self, path: Path) -> None:
         """Compute the anchors of a backbone on the source species, and keep them beside it."""
         model, _ = backbone.load_backbone(path)
-        anchors = compute_anchors(model, self._source(), self._checkpoint.seed)
+        seed = self._checkpoint.seed
+        anchors = compute_anchors(model, self._source(), seed, autocast=bf16_supported())
         path.with_name(ANCHORS_FILE).write_bytes(anchors.to_bytes())
 
     def _source(self) -> SourceBatches:
@@ -344,7 +352,7 @@ class Bench:
 
     def _of_source(self) -> Moments:
         with torch.inference_mode():
-            return collect_moments(self._model, self._source())
+            return collect_moments(self._model, self._source(), autocast=bf16_supported())
 
     def _with_farms(self) -> Moments:
         found = self._second_moments()

@@ -1,7 +1,7 @@
 """Ten farms of real photographs in the lab: runs of the product's own rounds, judged on test parts.
 
-Farms work in two processes of one thread each. Images, weights and splits are those beside the
-project; ``SHARED`` in the environment names another place.
+Farms work in two processes of one thread each, or in as many as ``PROCESSES`` in the environment
+says. Images, weights and splits are those beside the project; ``SHARED`` names another place.
 """
 
 import json
@@ -43,7 +43,8 @@ from tests.lab.link import LabLink
 
 SHARED = Path(os.environ.get("SHARED", "../shared"))
 WEIGHTS = SHARED / "weights" / "vit_small_p14_tomato.safetensors"
-NAME, SIDE, PER_CLASS, PROCESSES = "vit_small_patch14_dinov2", 112, 40, 2
+NAME, SIDE, PER_CLASS = "vit_small_patch14_dinov2", 112, 40
+PROCESSES = int(os.environ.get("PROCESSES", "2"))
 
 Flags: TypeAlias = npt.NDArray[np.bool_]
 """Which images were classified correctly, (N,)."""

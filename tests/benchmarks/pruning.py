@@ -5,7 +5,8 @@ images per class. For each seed: three rounds of warm-up, then that one checkpoi
 30 % of its MACs at once, and in events with rounds of recovery between them (recovery.py). All is
 judged on every farm's whole test part; differences are paired on the same images. Two idle cores
 need some five minutes for a warm-up, one for a cut, ten for a run with recovery; call it again
-until it ends. ``ONLY=oneshot`` or ``ONLY=recovery`` does one of the two.
+until it ends, or in two terminals at once with ``PROCESSES=1 OMP_NUM_THREADS=1``, which keeps both
+cores busy all the time. ``ONLY=oneshot`` or ``ONLY=recovery`` does one of the two.
 """
 
 import json
@@ -90,19 +91,30 @@ def cut_cell(runs: Runs, criterion: str, ratio: float, seed: int) -> Cell:
 
 
 def event_cell(runs: Runs, seed: int) -> Cell:
-    """What a prune event costs the server on one core: mask, moments, surgery, anchors."""
+    """What a prune event costs the server on one core: moments, mask, surgery, compensation.
+
+    The anchors of what is left, which farms align to in the next round, are timed beside it.
+    """
     scores = runs.bench.agreed(DEFAULT)
     fresh = Bench(runs.checkpoint, plants.farm_names(), runs.pool)  # has no moments yet
+    folder = runs.checkpoint.folder / "event"
+    folder.mkdir(exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     begin, cpu = time.perf_counter(), time.process_time()
     try:
         dense, budget = Mask.dense(fresh.dense), Budget(macs_kept=RATIOS[0])
         mask = choose_mask(fresh.spare(scores), dense, fresh.dense, budget)
-        fresh.save_anchors(fresh.save_cut(mask, METHODS[-1], runs.checkpoint.folder))
+        path = fresh.save_cut(mask, METHODS[-1], folder)
+        took = {
+            "wall_seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        begin = time.perf_counter()
+        fresh.save_anchors(path)
+        took["anchors_wall_seconds"] = time.perf_counter() - begin
     finally:
         torch.set_num_threads(threads)
-    took = {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
     return {"seed": seed, "ratio": RATIOS[0], **took}
 
 
@@ -287,7 +299,7 @@ def result(
         "commits": sorted({str(cell["commit"]) for cell in (*dense, *cuts, *events, *runs)}),
         "prune_events": EVENTS,
         "prune_event_on_one_core": [
-            {key: cell[key] for key in ("seed", "ratio", "wall_seconds", "cpu_seconds")}
+            {key: value for key, value in cell.items() if key not in ("cell", "commit", "seconds")}
             for cell in events
         ],
     }

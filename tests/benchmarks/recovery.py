@@ -30,19 +30,23 @@ ROUNDS, EVENTS = 8, 3
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
-    ("dense", 1.0, (0, 1, 2)),
-    ("taylor", 0.5, (0, 1, 2)),
-    ("taylor", 0.64, (0, 1, 2)),
+    ("dense", 1.0, (0,)),
+    ("taylor", 0.5, (0,)),
+    ("taylor", 0.64, (0,)),
+    (FARMS, 0.5, (0,)),
+    ("dense", 1.0, (1, 2)),
+    ("taylor", 0.5, (1, 2)),
+    ("taylor", 0.64, (1, 2)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
     (TORCH_PRUNING, 0.5, (0, 1)),
-    ("taha", 0.5, (0, 1)),
     ("l1gates", 0.5, (0, 1)),
-    (FARMS, 0.5, (0, 1)),
-    (FARMS, 0.64, (0, 1)),
-    (PLAIN, 0.5, (0, 1)),
     ("taylor", 0.4, (0,)),
     ("taylor", 0.3, (0,)),
+    ("taha", 0.5, (0, 1)),
+    (FARMS, 0.5, (1,)),
+    (FARMS, 0.64, (0, 1)),
+    (PLAIN, 0.5, (0, 1)),
 )
 """In the order of their cells: the figures of the default first, on all their seeds."""
 
@@ -69,7 +73,7 @@ def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
         judged, mask = _cut_at_once(checkpoint, ratio)
     else:
         plan = plan_of(name, ratio)
-        judged = plants.play(TrainConfig(), ROUNDS, seed, plan=plan, weights=checkpoint.path)
+        judged = plants.play(TrainConfig(), ROUNDS, seed, plan=plan, base=checkpoint.path)
         mask = judged.mask
     return {
         "criterion": name,

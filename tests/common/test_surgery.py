@@ -276,6 +276,19 @@ def test_compensation_never_increases_the_error_it_is_fitted_to(seed: int, expon
         assert all(c <= p + s for c, p, s in zip(compensated, plain, slack, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_moments_of_a_bfloat16_forward_pass_make_up_for_a_cut_as_well(seed: int) -> None:
+    model, x, keep = drawn_model(SPEC), images(SPEC, 20), random_keep(SPEC, seed)
+    errors = {}
+    for autocast in (False, True):
+        moments = collect_moments(model, torch.split(x, 8), autocast=autocast)
+        assert moments.heads[0][-1, -1] == 20 * 5
+        pruned, _ = prune_compensated(model, SPEC, keep, moments)
+        errors[autocast] = np.array(reconstruction_errors(model, pruned, keep, x))
+    assert (errors[True] <= 1.05 * errors[False]).all()
+    assert (errors[True] != errors[False]).any()
+
+
 def test_least_squares_is_the_formula() -> None:
     model, moments, _ = measured()
     keep, eps = random_keep(SPEC, 5), 0.01

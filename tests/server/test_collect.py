@@ -1,7 +1,7 @@
 """One exchange: quorum, deadline, retries, farms at work at once; time is simulated."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -59,7 +59,12 @@ class Heard:
     faults: list[tuple[int, RejectReason]] = field(default_factory=list)
 
 
-def play(link: Scripted, owed: dict[str, Owed] | None = None, **rules: object) -> tuple[int, Heard]:
+def play(
+    link: Scripted,
+    owed: dict[str, Owed] | None = None,
+    joining: Callable[[], Sequence[int]] | None = None,
+    **rules: object,
+) -> tuple[int, Heard]:
     heard = Heard()
 
     def accept(node: int, _attempt: int, _reply: Reply, _size: int) -> Verdict:
@@ -71,12 +76,13 @@ def play(link: Scripted, owed: dict[str, Owed] | None = None, **rules: object) -
         return Verdict.ACCEPTED
 
     exchange = Exchange(
-        nodes=list(link.delays),
+        nodes=list(link.online()) if joining else list(link.delays),
         request=lambda _node, _attempt: HelloRequest(),
         accept=accept,
         sent=lambda _node, _attempt, _size: None,
         fault=lambda node, reason, _detail: heard.faults.append((node, reason)),
         late=late,
+        joining=joining,
     )
     config = RoundConfig.model_validate({"deadline_seconds": 100, "grace_seconds": 5} | rules)
     return Collector(link, link.clock, config).run(exchange, owed), heard
@@ -222,6 +228,23 @@ def test_farms_without_which_a_run_cannot_begin_are_waited_for() -> None:
     assert count == 2
     assert 900 <= over < 902
     assert greeted({1: 700.0}, known=0)[0] == 1
+
+
+class Restarted(Scripted):
+    """Node 1 ends after five seconds and never answers; it is back as node 2 after eight."""
+
+    def online(self) -> Sequence[int]:
+        now = self.clock.now()
+        return [1] if now < 5 else [2] if now >= 8 else []
+
+
+def test_a_farm_that_starts_again_while_it_is_asked_who_it_is_says_so_by_its_new_number() -> None:
+    link = Restarted(LabClock(), {1: None, 2: 1.0})
+    rules = greeting_rules(RoundConfig(min_farms=1, deadline_seconds=280), 0, 1).model_dump()
+    count, heard = play(link, None, link.online, **rules)
+    assert (count, heard.accepted) == (1, [2])
+    assert [node for node, _ in link.sent] == [1, 2]
+    assert link.clock.now() < 8 + 1 + 2 + 121, "a greeting of which nobody else is wanted goes on"
 
 
 @given(known=st.integers(0, 300), strangers=st.integers(1, 300), least=st.integers(1, 300))

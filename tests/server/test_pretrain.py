@@ -12,6 +12,7 @@ from common.backbone import build, dense_spec, digest, load_backbone
 from common.config import BackboneConfig, ServerConfig, TrainConfig
 from common.errors import ConfigError, DataError
 from common.images import open_folder
+from common.precision import bf16_supported
 from server.pretrain import Pretrained, interpolate, pretrain, source_batches
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
@@ -95,7 +96,7 @@ def test_anchors_describe_the_base_that_is_written(source: Path, tmp_path: Path)
     batches = source_batches(source, spec, 48, 0)
     from common.anchors import compute_anchors
 
-    again = compute_anchors(model, batches, 0)
+    again = compute_anchors(model, batches, 0, autocast=bf16_supported())
     torch.testing.assert_close(anchors.psi, again.psi)
 
 
