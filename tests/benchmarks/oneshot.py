@@ -120,8 +120,8 @@ class _Images:
 
 
 @cache
-def _images(checkpoint: Checkpoint, name: str) -> _Images:
-    config, state = plants.farm_config(checkpoint.folder, name, checkpoint.seed, plants.PER_CLASS)
+def _images(checkpoint: Checkpoint, name: str, shots: int = plants.PER_CLASS) -> _Images:
+    config, state = plants.farm_config(checkpoint.folder, name, checkpoint.seed, shots)
     state.mkdir(parents=True, exist_ok=True)
     folder: FarmFolder = open_folder(
         config.farm.data,
@@ -134,21 +134,23 @@ def _images(checkpoint: Checkpoint, name: str) -> _Images:
 
 
 @cache
-def _classifier(checkpoint: Checkpoint, name: str) -> nn.Linear:
+def _classifier(checkpoint: Checkpoint, name: str, shots: int = plants.PER_CLASS) -> nn.Linear:
     """Fitted to the dense checkpoint."""
     model, spec = backbone.load_backbone(checkpoint.path)
-    images = _images(checkpoint, name)
+    images = _images(checkpoint, name, shots)
     return fit.fit_classifier(*fit.extract(model, images.fit, spec), images.classes)
 
 
-def score_farm(checkpoint: Checkpoint, name: str, criterion: Criterion) -> tuple[int, FarmScores]:
+def score_farm(
+    checkpoint: Checkpoint, name: str, criterion: Criterion, shots: int
+) -> tuple[int, FarmScores]:
     """What a farm answers in a score round: images of its fit part, and its scores."""
     model, spec = backbone.load_backbone(checkpoint.path)
-    part = _images(checkpoint, name).fit
+    part = _images(checkpoint, name, shots).fit
     scoring = Scoring(
         model=model,
         spec=spec,
-        classifier=_classifier(checkpoint, name),
+        classifier=_classifier(checkpoint, name, shots),
         part=part,
         batch_size=TrainConfig().batch_size,
         anchors=Anchors.from_bytes(checkpoint.anchors.read_bytes()),
@@ -235,14 +237,22 @@ class Bench:
 
     Args:
         checkpoint: made.
-        farms: by name.
+        farms: by name; they judge.
         pool: processes that farms work in.
+        scorers: farms whose scores count, by default the same.
+        shots: images per class by which they score.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, farms: Sequence[str], pool: ProcessPoolExecutor
+        self,
+        checkpoint: Checkpoint,
+        farms: Sequence[str],
+        pool: ProcessPoolExecutor,
+        scorers: Sequence[str] | None = None,
+        shots: int = plants.PER_CLASS,
     ) -> None:
         self._checkpoint, self._farms, self._pool = checkpoint, list(farms), pool
+        self._scorers, self._shots = list(scorers or farms), shots
         self._model, self.dense = backbone.load_backbone(checkpoint.path)
         self._scores: dict[Criterion, UnitScores] = {}
         self._spared: dict[str, UnitScores] = {}
@@ -253,8 +263,8 @@ class Bench:
         """The consensus of all farms."""
         if criterion not in self._scores:
             work = [
-                self._pool.submit(score_farm, self._checkpoint, name, criterion)
-                for name in self._farms
+                self._pool.submit(score_farm, self._checkpoint, name, criterion, self._shots)
+                for name in self._scorers
             ]
             plan = PlanConfig(criterion=criterion)
             sent = [one.result() for one in work]

@@ -199,7 +199,7 @@ def _keep(server: Path, folder: Path | None) -> Mask:
         return mask
     anchors = Models(server).anchors(candidate.mask)
     assert anchors is not None
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / ANCHORS_FILE).write_bytes(anchors.tobytes())
     shutil.copy(candidate.path, folder / "model.safetensors")
     return mask

@@ -16,7 +16,6 @@ from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell
 from tests.benchmarks.oneshot import (
     FARMS,
-    PLAIN,
     REFITTED,
     SPARING,
     TORCH_PRUNING,
