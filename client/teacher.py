@@ -1,11 +1,13 @@
 """Self-distillation: what a farm knew before a cut teaches what the cut has left.
 
-    loss = ... + weight * T^2 KL(teacher || student, softened by T)
+    loss = ... + weight * (T^2 KL(teacher || student, softened by T) + |tokens - teacher's|^2)
 
 The teacher (Hinton et al., 2015; of the network's own larger self, as in Furlanello et al., 2018)
 is the backbone that the last prune event cut, which the farm keeps in case the cut is undone, with
 the farm's own classifier for it: nothing crosses the network for it. It sees the very images that
-the student has just seen, augmented alike, in evaluation mode and without a gradient.
+the student has just seen, augmented alike, in evaluation mode and without a gradient. A cut leaves
+the width of tokens as it was, so what the last block says of every token is compared, over the
+teacher's spread; few images a class are soon known by heart, and say little more by their labels.
 """
 
 import logging
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from client.state import FarmState
 from common.backbone import dense_spec
-from common.distil import soft_answers
+from common.distil import soft_answers, token_distance
 from common.messages import AlignRequest, EvaluateRequest
 from common.precision import bfloat16
 from common.spec import ModelSpec
@@ -93,10 +95,11 @@ def teaching(
     temperature: float,
     autocast: bool,
 ) -> Iterator[Callable[[], Tensor]]:
-    """A loss of the images that ``model`` has just seen: how far off the teacher's it answers.
+    """A loss of the images that ``model`` has just seen: how far off its teacher it is.
 
     Args:
-        model: the student, images (B,3,S,S) -> features (B,C), watched until the block is left.
+        model: the student, images (B,3,S,S) -> features (B,C), watched until the block is left;
+            where it is no transformer, it has no tokens to compare.
         classifier: the student's.
         teacher: answers in evaluation mode; it is left in it.
         weight: of the loss.
@@ -108,6 +111,12 @@ def teaching(
     def watch(_module: nn.Module, images: tuple[Any, ...], features: Tensor) -> None:
         seen["images"], seen["features"] = images[0], features
 
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: tuple[Any, ...], tokens: Tensor) -> None:
+            seen[name] = tokens
+
+        return hook
+
     def loss() -> Tensor:
         images = seen["images"]
         with torch.no_grad(), bfloat16(images.device, autocast):
@@ -115,11 +124,22 @@ def teaching(
         with torch.no_grad():
             answers = teacher.classifier(features.float())
         said = classifier(seen["features"].float())
-        return weight * soft_answers(said, answers, temperature)
+        apart = soft_answers(said, answers, temperature)
+        if "ours" in seen:
+            apart = apart + token_distance(seen["ours"], seen["theirs"])
+        return weight * apart
 
     teacher.model.eval()
-    handle = model.register_forward_hook(watch)
+    handles = [model.register_forward_hook(watch)]
+    if isinstance(model, VisionTransformer):
+        # where tokens are dropped or merged each has others in the end, but the same features
+        ours, theirs = (
+            one if teacher.spec.kept_tokens else one.norm for one in (model, teacher.model)
+        )
+        handles.append(ours.register_forward_hook(keep("ours")))
+        handles.append(theirs.register_forward_hook(keep("theirs")))
     try:
         yield loss
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

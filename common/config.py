@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from common.broker import Broker
 from common.door import DoorConfig
 from common.lesson import StudentConfig
+from common.mask import Mask
 from common.plan import PlanConfig
 from common.section import Section
 from common.services import (
@@ -22,6 +23,7 @@ from common.services import (
 Aggregation: TypeAlias = Literal["mean", "median", "trimmed", "krum"]
 
 
+Trainable: TypeAlias = Literal["bias", "attention", "lora", "full"]
 LEARNING_RATES = {"bias": 3e-3, "attention": 1e-4, "lora": 1e-3, "full": 3e-5}
 """Of the backbone, by trainable set: the more numbers move, the less each of them may."""
 
@@ -29,9 +31,7 @@ LEARNING_RATES = {"bias": 3e-3, "attention": 1e-4, "lora": 1e-3, "full": 3e-5}
 class TrainConfig(Section):
     """How a farm aligns its copy of the backbone in one round; travels in every request."""
 
-    trainable: Literal["bias", "attention", "lora", "full"] = Field(
-        default="lora", description="what a farm learns and sends"
-    )
+    trainable: Trainable = Field(default="lora", description="what a farm learns and sends")
     rank: int = Field(default=1, ge=1, le=64, description="of the factors of lora")
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the fit part per round")
     batch_size: int = Field(default=16, ge=8, le=1024, description="images per step")
@@ -45,7 +45,10 @@ class TrainConfig(Section):
     dal_weight: float = Field(default=0.05, ge=0, le=100, description="lambda; 0 turns it off")
     proximal: float = Field(default=0.0, ge=0, le=100, description="mu of FedProx; 0 turns it off")
     self_distil: float = Field(
-        default=0.0, ge=0, le=100, description="weight of what the uncut backbone says; 0: off"
+        default=0.0,
+        ge=0,
+        le=100,
+        description="after a cut: weight of what the backbone of before it says; 0: off",
     )
     self_distil_temperature: float = Field(
         default=2.0, gt=0, le=100, description="T of those soft answers"
@@ -64,6 +67,29 @@ class TrainConfig(Section):
     def backbone_lr(self) -> float:
         """The learning rate of the backbone."""
         return LEARNING_RATES[self.trainable] if self.lr is None else self.lr
+
+
+class RecoveryConfig(Section):
+    """How farms train in the rounds after a cut, until the run ends.
+
+    A cut leaves much to learn again, and little time: what suits a backbone that is whole, and
+    costs the fewest bytes, need not suit what is left of it.
+    """
+
+    trainable: Trainable | None = Field(
+        default=None, description="full: all numbers, megabytes a round; unset: as before the cut"
+    )
+    rank: int | None = Field(default=None, ge=1, le=64, description="likewise")
+    epochs: int | None = Field(default=None, ge=1, le=100, description="likewise")
+    lr: float | None = Field(default=None, gt=0, le=1, description="unset: what suits the set")
+    self_distil: float | None = Field(default=None, ge=0, le=100, description="as in train")
+
+    def after(self, train: TrainConfig) -> TrainConfig:
+        """What these make of the settings of before the cut."""
+        changes = self.model_dump(exclude_none=True)
+        if self.trainable not in (None, train.trainable):
+            changes["lr"] = self.lr  # the rate of another set does not suit this one
+        return train.model_copy(update=changes)
 
 
 class RoundConfig(Section):
@@ -192,6 +218,7 @@ class ServerConfig(Section):
     plan: PlanConfig = Field(default_factory=PlanConfig)
     rounds: RoundConfig = Field(default_factory=RoundConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    recovery: RecoveryConfig | None = Field(default=None, description="absent: as in train")
     distil: StudentConfig = Field(default_factory=StudentConfig)
     privacy: PrivacyConfig | None = Field(default=None, description="absent: no noise")
     hub: HubConfig | None = Field(default=None, description="absent: models are not delivered")
@@ -203,6 +230,18 @@ class ServerConfig(Section):
     regions: tuple[RegionEntry, ...] = Field(
         default=(), description="the regions that this server is the centre of"
     )
+
+    @model_validator(mode="after")
+    def _regions_recover_alike(self) -> Self:
+        if self.recovery is not None and self.regions:
+            raise ValueError("recovery cannot go with regions: they train alike in all rounds")
+        return self
+
+    def train_under(self, mask: Mask) -> TrainConfig:
+        """How farms train a backbone that a run has brought under this mask."""
+        if self.recovery is None or mask.is_dense:
+            return self.train
+        return self.recovery.after(self.train)
 
     @model_validator(mode="after")
     def _privacy_fits_plan(self) -> Self:

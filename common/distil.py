@@ -23,6 +23,8 @@ from common.backbone import block_layers
 from common.errors import ModelError
 from common.spec import ModelSpec
 
+_TINY = 1e-12
+
 
 def soft_answers(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of logits (B,K), the mean over images, a scalar."""
@@ -30,6 +32,16 @@ def soft_answers(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     log_teacher = functional.log_softmax(teacher / temperature, 1)
     divergence = functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
     return divergence * temperature**2
+
+
+def token_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of (..., C), over the teacher's own spread around its mean, a scalar.
+
+    0: the same; 1: no better than the teacher's mean.
+    """
+    s_RC, t_RC = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    spread = (t_RC - t_RC.mean(0)).square().sum().clamp_min(_TINY)
+    return (s_RC - t_RC).square().sum() / spread
 
 
 def map_distance(student: Tensor, teacher: Tensor) -> Tensor:

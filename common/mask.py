@@ -81,6 +81,12 @@ class Mask:
             spec.neurons,
         )
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every unit is kept."""
+        kept = (tuple(map(len, self.heads)), tuple(map(len, self.neurons)))
+        return kept == (self.dense_heads, self.dense_neurons)
+
     @classmethod
     def from_json(cls, text: str | bytes) -> "Mask":
         """Inverse of :meth:`to_json`; raises ProtocolError on anything else."""

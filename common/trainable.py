@@ -56,6 +56,11 @@ class TrainableSet:
         add_tensors(model, {n: c for n, c in changes.items() if not n.endswith(FACTOR)})
         self._merge(model, changes)
 
+    def holds(self, other: "TrainableSet") -> bool:
+        """Whether numbers of this set have a place in ``other``, of the same backbone cut."""
+        names = set(self.layout.names)
+        return names.issuperset(other.layout.names) and other.rank in (0, self.rank)
+
     def merge(self, model: nn.Module, flat: Floats) -> None:
         """Add what the factors of a change amount to, and nothing else of it.
 

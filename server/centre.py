@@ -125,7 +125,7 @@ class CentreIntake(Intake):
     def aligned(self, work: Work) -> Accept:
         """Judges records of the round; scores are sums and checked as such."""
         asked = Asked(self._run, work.number, work.base.digest, work.base.mask.digest)
-        expected = self._expected(work.base.digest, scored=False)
+        expected = self._expected(work.base, scored=False)
         return partial(self._take_record, work.scored, asked, expected)
 
     def _take_record(

@@ -25,7 +25,7 @@ from common.precision import bf16_supported
 from common.scores import UnitScores, decode_neurons
 from common.spec import ModelSpec, Spec
 from common.step import Cut, Step
-from common.surgery import Moments, collect_moments, prune, prune_compensated, slice_flat
+from common.surgery import Moments, collect_moments, prune, prune_compensated
 from common.trainable import TrainableSet, trainable_set
 from server.aggregate import aggregate
 from server.consensus import consensus, farm_scores, median_tau
@@ -33,7 +33,7 @@ from server.guard import accuracies
 from server.models import Models
 from server.plan import CutRule
 from server.redundancy import irreplaceable
-from server.residual import Residuals
+from server.residual import Residuals, left_after
 from server.scored import gone_by, replied_scores, score_rows
 from server.spool import ReplyReader, ReplyScores, Spool
 from server.store import CandidateRow, ReplyRow, ScoreRow, Store, VerdictRow
@@ -128,7 +128,7 @@ class RoundCloser:
         replies = self._store.replies(run, work.number)
         readers = [self._spool.open(row.spooled) for row in replies]
         model, spec = self._models.load(work.base.digest)
-        trained = self._trained(model)
+        trained = self._trained(model, work.base.mask)
         update, change, lost = self._update(run, work, replies, readers, trained)
         trained.add(model, change)
         agreed, scores = self._consensus(run, work, replies, readers, spec)
@@ -153,13 +153,14 @@ class RoundCloser:
             mask = self._choose(run, counted, mask, rule.budget)
         if rule is not None and mask != work.base.mask:
             model, spec, cut = self._cut(learned, work.base, mask, rule)
-            before, after = learned.trained, self._trained(model)
-            lost = slice_flat(lost, before.layout, learned.spec, cut.keep, after.layout)
+            after = self._trained(model, mask)
+            lost = left_after(lost, learned.trained, learned.spec, cut.keep, after)
         digest = self._models.save(model, spec, Step(learned.update, cut).to_bytes())
         return _End((model, spec), digest, mask, scores, lost)
 
-    def _trained(self, model: VisionTransformer) -> TrainableSet:
-        return trainable_set(model, self._config.train.trainable, self._config.train.rank)
+    def _trained(self, model: VisionTransformer, mask: Mask) -> TrainableSet:
+        train = self._config.train_under(mask)
+        return trainable_set(model, train.trainable, train.rank)
 
     def restore(self, run: int, number: int, base: Base, verdict: VerdictRow) -> Base:
         """End a round whose verdict undoes a cut: ``base``, of before the cut, comes back.
@@ -219,7 +220,8 @@ class RoundCloser:
         trained: TrainableSet,
     ) -> tuple[codec.Bytes, codec.Floats, codec.Floats]:
         """The aggregate coded as farms code theirs, what every farm will add, and what is lost."""
-        count, train, base = trained.layout.count, self._config.train, work.base.digest
+        count, base = trained.layout.count, work.base.digest
+        train = self._config.train_under(work.base.mask)
         merged = self._merged(replies, readers, count)
         rest = self._residuals.load(run, base, count) if train.error_feedback else None
         if rest is not None:

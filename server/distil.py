@@ -89,7 +89,8 @@ def lesson_settings(
         dal_weight=0.0,
         update_bits=UPDATE_BITS,
     )
-    changed = config.model_copy(update={"plan": PlanConfig(rounds=terms.rounds), "train": train})
+    changes = {"plan": PlanConfig(rounds=terms.rounds), "train": train, "recovery": None}
+    changed = config.model_copy(update=changes)
     return RunSettings(config=changed, label=label, taught=Taught(teacher=teacher, student=digest))
 
 

@@ -71,7 +71,7 @@ class Intake:
         """Judges replies to the round's own requests."""
         asked = Asked(self._run, work.number, work.base.digest, work.base.mask.digest)
         return partial(
-            self._take_aligned, asked, self._expected(work.base.digest, work.scored, work.moments)
+            self._take_aligned, asked, self._expected(work.base, work.scored, work.moments)
         )
 
     def late(self, work: Work) -> Accept:
@@ -159,7 +159,8 @@ class Intake:
         if row is None:
             raise ProtocolError(f"answers round {reply.round}, which never was", RejectReason.STALE)
         asked = Asked(self._run, reply.round, row.base, row.mask)
-        expected = self._expected(row.base, scored=False)
+        mask = Mask.from_json(self._store.mask(row.mask))
+        expected = self._expected(Base(row.base, mask), scored=False)
         reply = _expanded(reply, expected)
         check_align(reply, asked, expected)
         plain: dict[str, object] = {
@@ -169,12 +170,11 @@ class Intake:
             "moments": None,
         }
         if row.mask != work.base.mask.digest:
-            plain["update"] = self._sliced(reply, expected.count, work.base)
+            plain["update"] = self._sliced(reply, expected.count, mask, work.base)
         return reply.model_copy(update=plain)
 
-    def _sliced(self, reply: AlignReply, count: int, base: Base) -> codec.Bytes:
+    def _sliced(self, reply: AlignReply, count: int, before: Mask, base: Base) -> codec.Bytes:
         """An update from before a prune event without what the event removed."""
-        before = Mask.from_json(self._store.mask(reply.mask))
         try:
             keep = base.mask.keep_in(before)
         except ModelError:
@@ -183,11 +183,15 @@ class Intake:
                 RejectReason.FOREIGN_MASK,
             ) from None
         old, old_spec = self._models.view(reply.base)
-        layout = self._trained(old).layout
         values = codec.decode(reply.update, base=reply.base, count=count)
         new, _ = self._models.view(base.digest)
-        smaller = self._trained(new)
-        flat = slice_flat(values, layout, old_spec, keep, smaller.layout)
+        trained, smaller = self._trained(old, before), self._trained(new, base.mask)
+        if not trained.holds(smaller):
+            raise ProtocolError(
+                f"trained before the cut of mask {base.mask.digest[:12]}, since which more is",
+                RejectReason.FOREIGN_MASK,
+            )
+        flat = slice_flat(values, trained.layout, old_spec, keep, smaller.layout)
         return codec.encode(flat, base.digest, bits=32, rank=smaller.rank)
 
     def _keep(self, number: int, node: int, attempt: int, reply: AlignReply, size: int) -> Verdict:
@@ -230,16 +234,17 @@ class Intake:
             self.quarantine(number, node, RejectReason.STALE, f"an unasked {reply.kind}")
         return Verdict.REJECTED
 
-    def _expected(self, base: str, scored: bool, moments: Extent | None = None) -> Expected:
-        if base not in self._shapes:  # late replies ask for the same few bases again and again
-            model, spec = self._models.network(base)
-            trained = self._trained(model)
-            self._shapes[base] = spec, trained.layout.count, trained.rank
+    def _expected(self, base: Base, scored: bool, moments: Extent | None = None) -> Expected:
+        digest = base.digest
+        if digest not in self._shapes:  # late replies ask for the same few again and again
+            model, spec = self._models.network(digest)
+            trained = self._trained(model, base.mask)
+            self._shapes[digest] = spec, trained.layout.count, trained.rank
         limit = self._config.rounds.max_reply_bytes
-        return Expected(*self._shapes[base], scored, limit, moments)
+        return Expected(*self._shapes[digest], scored, limit, moments)
 
-    def _trained(self, model: Network) -> TrainableSet:
-        train = self._config.train
+    def _trained(self, model: Network, mask: Mask) -> TrainableSet:
+        train = self._config.train_under(mask)
         return trainable_set(model, train.trainable, train.rank)
 
 

@@ -327,6 +327,7 @@ def _config_of(config: ServerConfig, order: Order) -> ServerConfig:
         consensus=config.plan.consensus,
     )
     changes = {"seed": order.request.seed, "train": order.request.train, "plan": plan}
+    changes["recovery"] = None  # a centre has none
     return config.model_copy(update=changes)
 
 

@@ -96,7 +96,7 @@ class Requests:
         """
         request = AlignRequest(
             **self._work(node, attempt, work.number, work.base),
-            train=self._config.train,
+            train=self._config.train_under(work.base.mask),
             **self._anchors(node, work),
             criterion=self._config.plan.criterion if work.scored else None,
             steps=budgets.get(node),
@@ -120,7 +120,7 @@ class Requests:
         """A report on ``base``, or on what the farm learns alone from it; raises as ``align``."""
         request = EvaluateRequest(
             **self._work(node, attempt, number, base),
-            train=self._config.train,
+            train=self._config.train_under(base.mask),
             label=label,
             part=part,
             local_rounds=local_rounds,

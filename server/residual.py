@@ -10,13 +10,35 @@ candidate of before an undone cut, finds what belongs to it.
 import logging
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.codec import Floats
 from common.files import write_atomically
+from common.mask import Keep
+from common.spec import ModelSpec
+from common.surgery import slice_flat
+from common.trainable import TrainableSet
 
 log = logging.getLogger(__name__)
+
+
+def left_after(
+    lost: Floats, before: TrainableSet, spec: ModelSpec, keep: Keep, after: TrainableSet
+) -> Floats:
+    """What is left of a residual once its backbone is cut; nothing where others are trained then.
+
+    Args:
+        lost: fp32 (n,), laid out as ``before`` says.
+        before: what was trained.
+        spec: of the backbone before the cut.
+        keep: the cut.
+        after: what is trained of the backbone after it.
+    """
+    if not before.holds(after):
+        return np.zeros(0, np.float32)
+    return slice_flat(lost, before.layout, spec, keep, after.layout)
 
 
 class Residuals:

@@ -26,6 +26,7 @@ from common.config import (
     BackboneConfig,
     FarmConfig,
     FarmSection,
+    RecoveryConfig,
     RoundConfig,
     ServerConfig,
     TrainConfig,
@@ -78,6 +79,7 @@ def settings_of(
     farms: int,
     weights: Path = WEIGHTS,
     side: int = SIDE,
+    recovery: RecoveryConfig | None = None,
 ) -> ServerConfig:
     """A server for these farms, which waits for all of them in every round."""
     return ServerConfig(
@@ -88,6 +90,7 @@ def settings_of(
         plan=plan,
         rounds=RoundConfig(deadline_seconds=36_000, grace_seconds=0, min_farms=farms, attempts=1),
         train=train,
+        recovery=recovery,
     )
 
 
@@ -154,16 +157,19 @@ def play(
     base: Path | None = None,
     keep: Path | None = None,
     side: int = SIDE,
+    recovery: RecoveryConfig | None = None,
 ) -> Judged:
     """One run to its end; reports "model" and, where asked for, "probe" and "local".
 
     ``weights`` are those to begin with, by default the shared ones; ``base`` is a backbone, pruned
     perhaps, that farms begin with instead, its anchors beside it; ``keep`` is a folder for the last
-    backbone (model.safetensors) and its mask's anchors. ``side`` is that of images, in pixels.
+    backbone (model.safetensors) and its mask's anchors. ``side`` is that of images, in pixels, and
+    ``recovery`` says how farms train after a cut, where not as before.
     """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
-    config = settings_of(seed, chosen, train, len(names), weights or WEIGHTS, side)
+    start = weights or WEIGHTS
+    config = settings_of(seed, chosen, train, len(names), start, side, recovery)
     planned(config.plan, shape_of(config.backbone), [])  # said before minutes have passed
     with tempfile.TemporaryDirectory() as folder, workers() as pool:
         root = Path(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from common.budget import Budget
-from common.config import TrainConfig
+from common.config import RecoveryConfig, TrainConfig
 from common.mask import Mask
 from common.plan import PlanConfig
 from tests.benchmarks import plants
@@ -26,6 +26,10 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
+THOROUGH = "taylor, all weights recover"
+ONCE = "taylor, all weights recover, one cut"
+RECOVERY = RecoveryConfig(trainable="full", self_distil=3.0)
+"""Of the thorough ones: all numbers are trained after a cut, and told what was there before it."""
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
@@ -33,19 +37,22 @@ CASES: tuple[Case, ...] = (
     ("taylor", 0.5, (0,)),
     ("taylor", 0.64, (0,)),
     (FARMS, 0.5, (0,)),
+    (THOROUGH, 0.5, (0,)),
+    (ONCE, 0.5, (0,)),
+    (THOROUGH, 0.64, (0,)),
     ("dense", 1.0, (1, 2)),
-    ("taylor", 0.5, (1, 2)),
-    ("taylor", 0.64, (1, 2)),
+    (THOROUGH, 0.64, (1, 2)),
+    (THOROUGH, 0.5, (1, 2)),
+    ("taylor", 0.5, (1,)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
     (TORCH_PRUNING, 0.5, (0, 1)),
     ("l1gates", 0.5, (0, 1)),
-    ("taylor", 0.4, (0,)),
-    ("taylor", 0.3, (0,)),
-    (FARMS, 0.5, (1, 2)),
+    (THOROUGH, 0.4, (0,)),
+    (THOROUGH, 0.3, (0,)),
     ("taha", 0.5, (0, 1)),
 )
-"""In the order of their cells: the figures of the default first, on all their seeds."""
+"""In the order of their cells: what is to be learned from first."""
 
 
 def plan_of(name: str, ratio: float) -> PlanConfig:
@@ -53,10 +60,12 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
     plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=0, max_drop_ratio=1.0)
     if name == "dense":
         return plan
+    thorough = name in (THOROUGH, ONCE)
     changes = {
-        "criterion": scored_by(name),
-        "redundancy": name in SPARING,
-        "moments": "farms" if name == FARMS else "source",
+        "criterion": "taylor" if thorough else scored_by(name),
+        "redundancy": thorough or name in SPARING,
+        "moments": "farms" if thorough or name == FARMS else "source",
+        "prune_events": 1 if name == ONCE else EVENTS,
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
@@ -70,7 +79,14 @@ def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
         judged, mask = _cut_at_once(checkpoint, ratio)
     else:
         plan = plan_of(name, ratio)
-        judged = plants.play(TrainConfig(), ROUNDS, seed, plan=plan, base=checkpoint.path)
+        judged = plants.play(
+            TrainConfig(),
+            ROUNDS,
+            seed,
+            plan=plan,
+            base=checkpoint.path,
+            recovery=RECOVERY if name in (THOROUGH, ONCE) else None,
+        )
         mask = judged.mask
     return {
         "criterion": name,

@@ -54,7 +54,7 @@ def learn(folder: FarmFolder, teacher: Teacher | None, **settings: Any) -> Align
     return align(*arguments, seed=3, autocast=False, teacher=teacher)
 
 
-def test_the_lesson_is_the_softened_divergence_and_its_gradient() -> None:
+def test_the_lesson_is_softened_divergence_and_distance_of_tokens_with_their_gradients() -> None:
     """By numbers: d/ds of T^2 KL(p_t || p_s) is T (p_s - p_t) over the images."""
     model, classifier = model_of()
     teacher = teacher_of()
@@ -73,7 +73,9 @@ def test_the_lesson_is_the_softened_divergence_and_its_gradient() -> None:
     with torch.no_grad():
         ours = (held[-1] / 3).double().softmax(1)
         theirs = (teacher.classifier(teacher.model(images)) / 3).double().softmax(1)
-    expected = 0.7 * 9 * (theirs * (theirs.log() - ours.log())).sum(1).mean()
+        a, b = (one.forward_features(images).flatten(0, 1) for one in (model, teacher.model))
+    answers = 9 * (theirs * (theirs.log() - ours.log())).sum(1).mean()
+    expected = 0.7 * (answers + (a - b).square().sum() / (b - b.mean(0)).square().sum())
     torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-7)
     assert held[-1].grad is not None
     torch.testing.assert_close(
