@@ -81,11 +81,16 @@ def carried(state: FarmState, request: AlignRequest, trained: TrainableSet) -> F
 def _sliced(
     state: FarmState, request: AlignRequest, rest: Floats, trained: TrainableSet
 ) -> Floats | None:
-    """Without what the last cut removed; None where this farm has not seen that cut."""
+    """Without what the last cut removed; None where this farm has not seen that cut.
+
+    Nothing is left either where other numbers are trained since, as ``recovery`` may want it.
+    """
     seen = state.load_cut(request.mask)
     if seen is None:
         return None
     spec, keep = seen
     with torch.device("meta"):  # shapes alone
         before = trainable_set(build(spec), request.train.trainable, request.train.rank)
+    if rest.size != before.layout.count:
+        return None
     return slice_flat(rest, before.layout, spec, keep, trained.layout)

@@ -45,7 +45,7 @@ SAMPLES = 6
 WORST_DROP = 0.05
 AT_WORK_AT_ONCE = 2
 DRAWN_ROUNDS = 3
-CHANGEABLE = {"backbone", "plan", "privacy", "rounds", "train"}
+CHANGEABLE = {"backbone", "plan", "privacy", "recovery", "rounds", "train"}
 """Sections of server.toml that a file of settings may have."""
 
 # A tiny vision transformer that learns the drawn plants from nothing in a minute.

@@ -15,7 +15,7 @@ def provenance(command: str, seed: int, config: ServerConfig | None = None) -> P
     """Of a run that starts now; ``config`` is told as far as it differs from the defaults."""
     settings = {}
     if config is not None:
-        played = {"backbone", "plan", "rounds", "train", "privacy"}
+        played = {"backbone", "plan", "rounds", "train", "recovery", "privacy"}
         settings = config.model_dump(mode="json", include=played, exclude_defaults=True)
     return Provenance(
         command=command, commit=commit(), versions=_versions(), seed=seed, settings=settings
