@@ -138,12 +138,11 @@ def invariance(cells: Cells, root: Path) -> list[Cell | None]:
     """Where the invariance of heads helps: farms that had no say, and scores by few images."""
     found = []
     with plants.workers() as pool:
-        for seed in SEEDS:
-            checkpoint = Checkpoint(root / f"seed{seed}", seed)
-            for case in (UNSEEN, FEW):
-                for name in PAIR:
-                    work = partial(invariance_cell, checkpoint, pool, case, name)
-                    found.append(cells.run(f"invariance {case}, {name}, seed {seed}", work))
+        checkpoint = Checkpoint(root / f"seed{SEEDS[0]}", SEEDS[0])
+        for case in (UNSEEN, FEW):
+            for name in PAIR:
+                work = partial(invariance_cell, checkpoint, pool, case, name)
+                found.append(cells.run(f"invariance {case}, {name}, seed {SEEDS[0]}", work))
     return found
 
 

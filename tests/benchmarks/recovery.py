@@ -50,7 +50,6 @@ CASES: tuple[Case, ...] = (
     ("l1gates", 0.5, (0, 1)),
     (THOROUGH, 0.4, (0,)),
     (THOROUGH, 0.3, (0,)),
-    ("taha", 0.5, (0, 1)),
 )
 """In the order of their cells: what is to be learned from first."""
 
