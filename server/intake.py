@@ -148,8 +148,9 @@ class Intake:
         """A late reply, checked against its own round, as an update of the present base.
 
         Raises:
-            ProtocolError: LATE outside the window, FOREIGN_MASK when it trained units that a
-                restored model does not have, or whatever is wrong with it.
+            ProtocolError: LATE outside the window, or from before a cut since which other numbers
+                are trained; FOREIGN_MASK when it trained units that a restored model does not
+                have; or whatever is wrong with it.
         """
         window, late = self._config.rounds.staleness, work.number - reply.round
         if not 0 < late <= window:
@@ -189,7 +190,7 @@ class Intake:
         if not trained.holds(smaller):
             raise ProtocolError(
                 f"trained before the cut of mask {base.mask.digest[:12]}, since which more is",
-                RejectReason.FOREIGN_MASK,
+                RejectReason.LATE,
             )
         flat = slice_flat(values, trained.layout, old_spec, keep, smaller.layout)
         return codec.encode(flat, base.digest, bits=32, rank=smaller.rank)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import server.close
+from common.config import RecoveryConfig
 from common.errors import RejectReason
 from common.messages import AlignRequest, Request
 from server.aggregate import aggregate
@@ -67,6 +68,22 @@ def test_an_update_from_before_a_cut_is_sliced_by_the_mask(tmp_path: Path) -> No
     late = [row for row in replies(lab) if masks[row.round] != masks[row.of_round]]
     assert late, "no reply crossed the cut"
     assert not counted(lab)[RejectReason.FOREIGN_MASK]
+
+
+def test_an_update_from_before_a_cut_since_which_all_weights_are_trained_does_not_count(
+    tmp_path: Path,
+) -> None:
+    lab = Lab(tmp_path, rounds=4, warmup=2, prune_heads=0.4)
+    recovery = RecoveryConfig(trainable="full")
+    lab.config = lab.config.model_copy(update={"recovery": recovery})
+    lab.simulate([10, 10, 35], quorum=0.6, staleness=3, **QUICK)
+    with lab.store() as store:
+        masks = {row.round: row.mask for row in store.rounds(1) if row.kind == "align"}
+        details = [row.detail for row in store.rejections(1)]
+        assert not store.pauses(), "it could not know"
+    assert all(masks[row.round] == masks[row.of_round] for row in replies(lab))
+    assert +counted(lab) == {RejectReason.LATE: 1}
+    assert any("since which more is" in detail for detail in details)
 
 
 def test_no_reply_counts_twice_however_often_it_is_asked_for(tmp_path: Path) -> None:
