@@ -2,7 +2,7 @@
 
 ``make bench-newcomer`` needs the photographs and the weights beside the project. For each of five
 species nine farms run four rounds without it, once dense and once down to half of the MACs in two
-events, with what recovery.py calls thorough; then the tenth joins with 20 images a class, fits its
+events, with what recovery.py calls taught; then the tenth joins with 20 images a class, fits its
 classifier (probe), and adapts for three rounds of its own. A run takes about four minutes on two
 idle cores, all of them forty; two terminals share them out as those of bench-pruning do.
 """
@@ -23,7 +23,7 @@ from common.messages import EvaluateReply, EvaluateRequest
 from server.compare import paired_bootstrap
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
-from tests.benchmarks.recovery import RECOVERY, THOROUGH, plan_of
+from tests.benchmarks.recovery import RECOVERY, TAUGHT, plan_of
 
 SPECIES = ("coffee", "grape", "potato", "rice", "seedlings")
 """Stated beforehand: near ones and distant ones, two on which defaults were chosen."""
@@ -38,8 +38,8 @@ def cell(root: Path, species: str, ratio: float) -> Cell:
     others = [name for name in plants.farm_names() if name != species]
     path = folder / "model.safetensors"
     if not path.is_file():
-        plan = plan_of("dense" if ratio == 1 else THOROUGH, ratio)
-        recovery = None if ratio == 1 else RECOVERY
+        plan = plan_of("dense" if ratio == 1 else TAUGHT, ratio)
+        recovery = None if ratio == 1 else RECOVERY[TAUGHT]
         plants.play(
             *(TrainConfig(), ROUNDS, SEED),
             farms=others,
