@@ -26,10 +26,12 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
-TAUGHT = "taylor, taught"
+TAUGHT, AT_ONCE = "taylor, taught, one cut", "one cut"
+TWICE = "taylor, taught"
 FULL, ONCE = "taylor, all weights taught", "taylor, all weights taught, one cut"
 RECOVERY: Mapping[str, RecoveryConfig] = {
     TAUGHT: RecoveryConfig(rank=16, self_distil=3.0),
+    TWICE: RecoveryConfig(rank=16, self_distil=3.0),
     FULL: RecoveryConfig(trainable="full", self_distil=3.0),
     ONCE: RecoveryConfig(trainable="full", self_distil=3.0),
 }
@@ -38,8 +40,12 @@ RECOVERY: Mapping[str, RecoveryConfig] = {
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
-    (TAUGHT, 0.5, (0, 1, 2)),
-    (TAUGHT, 0.64, (0, 1, 2)),
+    (TAUGHT, 0.5, (1,)),
+    (TAUGHT, 0.64, (1,)),
+    (TAUGHT, 0.5, (0,)),
+    (TAUGHT, 0.64, (0,)),
+    (TAUGHT, 0.5, (2,)),
+    (TAUGHT, 0.64, (2,)),
     ("taylor", 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
@@ -49,6 +55,7 @@ CASES: tuple[Case, ...] = (
     (TAUGHT, 0.3, (0,)),
     ("taylor", 0.64, (0,)),
     (FARMS, 0.5, (0,)),
+    (TWICE, 0.5, (0, 1)),
     (FULL, 0.5, (0, 1)),
     (FULL, 0.64, (0, 1, 2)),
     (ONCE, 0.5, (0,)),
@@ -66,7 +73,7 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
         "criterion": "taylor" if taught else scored_by(name),
         "redundancy": taught or name in SPARING,
         "moments": "farms" if taught or name == FARMS else "source",
-        "prune_events": 1 if name == ONCE else EVENTS,
+        "prune_events": 1 if name.endswith(AT_ONCE) else EVENTS,
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
