@@ -135,8 +135,8 @@ class RoundLoop:
         folder = self._config.backbone.source
         if folder is None:
             return None
-        count = self._config.backbone.anchor_images
-        return partial(source_batches, folder, count=count, seed=self._config.seed)
+        count, seed = self._config.backbone.anchor_images, self._config.seed
+        return partial(source_batches, folder, count=count, seed=seed)
 
     # --- farms -----------------------------------------------------------------------------
 
@@ -185,8 +185,8 @@ class RoundLoop:
         number: int,
         owed: dict[str, Owed] | None = None,
     ) -> int:
-        collector = Collector(self._link, self._clock, rules, self._config.seed + number)
-        return collector.run(exchange, owed)
+        jitter = self._config.seed + number
+        return Collector(self._link, self._clock, rules, jitter).run(exchange, owed)
 
     def _asked(self, number: int) -> list[int]:
         """The farms of a round: all that are not paused, or a sample of those online."""
@@ -264,7 +264,7 @@ class RoundLoop:
         if self._detail:
             return False
         self._open(work, len(asked))
-        budgets = self._step_budgets(asked)
+        budgets = self._step_budgets(asked, work.base.mask)
         folded, farms = self._folded(), self._intake.farms.items()
         self._requests.counts({node: folded[farm] for node, farm in farms if farm in folded})
         exchange = Exchange(
@@ -297,10 +297,10 @@ class RoundLoop:
             scored=work.scored,
         )
 
-    def _step_budgets(self, nodes: Sequence[int]) -> dict[int, int]:
+    def _step_budgets(self, nodes: Sequence[int], mask: Mask) -> dict[int, int]:
         if not self._config.rounds.step_budget:
             return {}
-        full = whole_round(self._store.farms(self.run), nodes, self._config.train)
+        full = whole_round(self._store.farms(self.run), nodes, self._config.train_under(mask))
         return step_budgets(self._store.last_replies(self.run), full)
 
     def _answered(self, number: int) -> set[int]:

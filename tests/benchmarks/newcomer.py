@@ -1,8 +1,8 @@
 """A farm that comes late: does it lose by joining a backbone that others have pruned?
 
 ``make bench-newcomer`` needs the photographs and the weights beside the project. For each of five
-species nine farms run four rounds without it, once dense and once down to half of the MACs in two
-events, with what recovery.py calls taught; then the tenth joins with 20 images a class, fits its
+species nine farms run four rounds without it, once dense and once down to half of the MACs by one
+cut, with what recovery.py calls taught; then the tenth joins with 20 images a class, fits its
 classifier (probe), and adapts for three rounds of its own. A run takes about four minutes on two
 idle cores, all of them forty; two terminals share them out as those of bench-pruning do.
 """

@@ -26,14 +26,16 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
-TAUGHT, AT_ONCE = "taylor, taught, one cut", "one cut"
-TWICE = "taylor, taught"
-FULL, ONCE = "taylor, all weights taught", "taylor, all weights taught, one cut"
+AT_ONCE = ", one cut"
+TWICE, FULL = "taylor, taught", "taylor, all weights taught"
+TAUGHT, FULL_AT_ONCE = TWICE + AT_ONCE, FULL + AT_ONCE
+_FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
+_WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
 RECOVERY: Mapping[str, RecoveryConfig] = {
-    TAUGHT: RecoveryConfig(rank=16, self_distil=3.0),
-    TWICE: RecoveryConfig(rank=16, self_distil=3.0),
-    FULL: RecoveryConfig(trainable="full", self_distil=3.0),
-    ONCE: RecoveryConfig(trainable="full", self_distil=3.0),
+    TAUGHT: _FACTORS,
+    TWICE: _FACTORS,
+    FULL: _WEIGHTS,
+    FULL_AT_ONCE: _WEIGHTS,
 }
 """How farms recover that are told what the backbone said before the cut; they send moments, too."""
 
@@ -58,7 +60,7 @@ CASES: tuple[Case, ...] = (
     (TWICE, 0.5, (0, 1)),
     (FULL, 0.5, (0, 1)),
     (FULL, 0.64, (0, 1, 2)),
-    (ONCE, 0.5, (0,)),
+    (FULL_AT_ONCE, 0.5, (0,)),
 )
 """In the order of their cells: what is to be learned from first, and last what was tried, too."""
 
