@@ -1,5 +1,6 @@
 """After a cut farms may train other numbers, in other ways, than before it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+import server.rounds
 from common.backbone import build, dense_spec
 from common.config import RecoveryConfig, ServerConfig, TrainConfig
 from common.mask import Keep, Mask
 from common.messages import AlignReply, AlignRequest, Reply, Request
 from common.trainable import trainable_set
 from server.residual import left_after
+from server.rows import ReplyRow
 from tests.lab.link import Fault
 from tests.lab.network import TINY, Lab
 
@@ -75,6 +78,25 @@ def test_farms_train_all_weights_after_the_cut_and_its_rounds_count(tmp_path: Pa
         assert [len(store.replies(1, number)) for number in range(1, 5)] == [2] * 4
         assert len({row.digest for row in store.candidates(1).values()}) == 4
         assert not store.rejections(1)
+
+
+def test_step_budgets_count_the_epochs_of_rounds_after_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full: list[dict[int, int]] = []
+
+    def spy(replies: Sequence[ReplyRow], whole: dict[int, int]) -> dict[int, int]:
+        full.append(whole)
+        return {}
+
+    monkeypatch.setattr(server.rounds, "step_budgets", spy)
+    lab = lab_of(tmp_path)
+    rules = lab.config.rounds.model_copy(update={"step_budget": True})
+    recovery = RecoveryConfig(epochs=3)
+    lab.config = lab.config.model_copy(update={"recovery": recovery, "rounds": rules})
+    lab.run()
+    before, *after = full
+    assert after == [{node: 3 * steps for node, steps in before.items()}] * 3
 
 
 def test_the_same_seed_gives_the_same_candidates(tmp_path: Path) -> None:
