@@ -26,13 +26,16 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
-AT_ONCE = ", one cut"
+AT_ONCE, LATE_CUT = ", one cut", ", one late cut"
+LATE_AFTER = 3
+"""Rounds before a late cut: a teacher that has learned longer, and fewer rounds to learn from it."""
 TWICE, FULL = "taylor, taught", "taylor, all weights taught"
-TAUGHT, FULL_AT_ONCE = TWICE + AT_ONCE, FULL + AT_ONCE
+TAUGHT, FULL_AT_ONCE, LATE = TWICE + AT_ONCE, FULL + AT_ONCE, TWICE + LATE_CUT
 _FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
 _WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
 RECOVERY: Mapping[str, RecoveryConfig] = {
     TAUGHT: _FACTORS,
+    LATE: _FACTORS,
     TWICE: _FACTORS,
     FULL: _WEIGHTS,
     FULL_AT_ONCE: _WEIGHTS,
@@ -42,6 +45,8 @@ RECOVERY: Mapping[str, RecoveryConfig] = {
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
+    (LATE, 0.64, (0, 1, 2)),
+    (LATE, 0.5, (0, 1, 2)),
     (TAUGHT, 0.5, (1,)),
     (TAUGHT, 0.64, (1,)),
     (TAUGHT, 0.5, (0,)),
@@ -67,7 +72,7 @@ CASES: tuple[Case, ...] = (
 
 def plan_of(name: str, ratio: float) -> PlanConfig:
     """The schedule that leaves this share of the MACs; "dense" cuts nothing."""
-    plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=0, max_drop_ratio=1.0)
+    plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=1, max_drop_ratio=1.0)
     if name == "dense":
         return plan
     taught = name in RECOVERY
@@ -75,7 +80,8 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
         "criterion": "taylor" if taught else scored_by(name),
         "redundancy": taught or name in SPARING,
         "moments": "farms" if taught or name == FARMS else "source",
-        "prune_events": 1 if name.endswith(AT_ONCE) else EVENTS,
+        "prune_events": 1 if name.endswith((AT_ONCE, LATE_CUT)) else EVENTS,
+        "warmup": LATE_AFTER if name.endswith(LATE_CUT) else plan.warmup,
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
