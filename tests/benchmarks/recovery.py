@@ -28,7 +28,7 @@ ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
 AT_ONCE, LATE_CUT = ", one cut", ", one late cut"
 LATE_AFTER = 3
-"""Rounds before a late cut: a teacher that has learned longer, and fewer rounds to learn from it."""
+"""Rounds before a late cut: its teacher has learned longer, and has fewer rounds to teach."""
 TWICE, FULL = "taylor, taught", "taylor, all weights taught"
 TAUGHT, FULL_AT_ONCE, LATE = TWICE + AT_ONCE, FULL + AT_ONCE, TWICE + LATE_CUT
 _FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
