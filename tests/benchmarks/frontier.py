@@ -12,10 +12,11 @@ from server.markup import node
 Curve: TypeAlias = Sequence[tuple[float, float]]
 """Points of MACs (share of the dense backbone) and accuracy, both as ratios."""
 
-WIDTH, HEIGHT = 640.0, 420.0
+WIDTH, HEIGHT = 840.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 500.0, 40.0, 370.0
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito (2008): told apart with every kind of colour vision."""
+"""Okabe and Ito (2008): told apart with every kind of colour vision; then they return, dashed."""
+DASHES = (None, "7 3", "2 3")
 STEP = 0.05
 
 
@@ -60,13 +61,15 @@ def draw(path: Path, title: str, curves: Mapping[str, Curve], level: float) -> N
 
 def _curve(name: str, places: Sequence[tuple[float, float]], number: int) -> list[Element]:
     colour = COLOURS[number % len(COLOURS)]
+    dashes = DASHES[number // len(COLOURS) % len(DASHES)]
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    line = node("polyline", points=joined, fill="none", stroke=colour, stroke_width=2.0)
+    style = {"fill": "none", "stroke": colour, "stroke_width": 2.0, "stroke_dasharray": dashes}
+    line = node("polyline", points=joined, **style)
     dots = [node("circle", cx=x, cy=y, r=3.5, fill=colour) for x, y in places]
     y = TOP + 40 + 20 * number
     key = [
-        _line((RIGHT + 12, y - 4), (RIGHT + 32, y - 4), colour),
-        _text(RIGHT + 38, y, name, "start"),
+        _line((RIGHT + 52, y - 4), (RIGHT + 72, y - 4), colour, dashes),
+        _text(RIGHT + 78, y, name, "start"),
     ]
     return [line, *dots, *key]
 

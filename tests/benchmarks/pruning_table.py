@@ -17,12 +17,14 @@ from tests.benchmarks.frontier import Curve, draw
 from tests.benchmarks.invariance import PAIR
 from tests.benchmarks.oneshot import FARMS, FIXED, PLAIN, REFITTED, TORCH_PRUNING
 from tests.benchmarks.plants import Flags
-from tests.benchmarks.recovery import ROUNDS
+from tests.benchmarks.recovery import LATE, ROUNDS, TAUGHT
 
 CRITERIA: tuple[str, ...] = (*get_args(Criterion), FARMS, PLAIN, TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = PlanConfig().criterion
 DENSE = "dense"
+TRAINED = (DEFAULT, TAUGHT, LATE)
+"""Whose runs with recovery are curves of the picture, from the dense run of as many rounds on."""
 
 Outcomes: TypeAlias = Mapping[int, Mapping[str, Flags]]
 """Which images were right, by seed and farm."""
@@ -179,11 +181,12 @@ def picture(table: Sequence[Cell], path: Path) -> None:
         name: [(r["macs_ratio"], r["accuracy"]) for r in at_once if r["criterion"] == name]
         for name in CRITERIA
     }
-    curves[f"{DEFAULT}, {ROUNDS} rounds"] = [
-        (r["macs_ratio"], r["accuracy"])
-        for r in best
-        if r["rounds_recovery"] and r["criterion"] == DEFAULT
-    ]
+    for name in TRAINED:
+        curves[f"{name}, {ROUNDS} rounds"] = [
+            (r["macs_ratio"], r["accuracy"])
+            for r in best
+            if r["rounds_recovery"] and r["criterion"] in (name, DENSE)
+        ]
     (level,) = [
         r["accuracy"]
         for r in table
