@@ -45,8 +45,6 @@ RECOVERY: Mapping[str, RecoveryConfig] = {
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
-    (LATE, 0.64, (0, 1, 2)),
-    (LATE, 0.5, (0, 1, 2)),
     (TAUGHT, 0.5, (1,)),
     (TAUGHT, 0.64, (1,)),
     (TAUGHT, 0.5, (0,)),
@@ -54,10 +52,10 @@ CASES: tuple[Case, ...] = (
     (TAUGHT, 0.5, (2,)),
     (TAUGHT, 0.64, (2,)),
     ("taylor", 0.5, (0, 1)),
-    ("magnitude", 0.5, (0, 1)),
-    ("random", 0.5, (0, 1)),
     (TORCH_PRUNING, 0.5, (0, 1)),
     ("l1gates", 0.5, (0, 1)),
+    ("magnitude", 0.5, (0, 1)),
+    ("random", 0.5, (0, 1)),
     (TAUGHT, 0.4, (0,)),
     (TAUGHT, 0.3, (0,)),
     ("taylor", 0.64, (0,)),
@@ -66,6 +64,7 @@ CASES: tuple[Case, ...] = (
     (FULL, 0.5, (0, 1)),
     (FULL, 0.64, (0, 1, 2)),
     (FULL_AT_ONCE, 0.5, (0,)),
+    (LATE, 0.64, (0, 1)),
 )
 """In the order of their cells: what is to be learned from first, and last what was tried, too."""
 
