@@ -3,7 +3,7 @@
 A farm sends, for the layers that a cut will touch, what common/surgery.py collects over its own fit
 images: per layer the root mean square of each channel, fp32, and the correlations of each pair of
 channels (about zero), fp16, the upper triangle row by row. Nothing in it is larger than the layers
-of the backbone make it, and no number of tokens is claimed: the server weighs by images.
+of the backbone make it, and no number of tokens is claimed: the server counts every farm alike.
 """
 
 from collections.abc import Iterator

@@ -8,6 +8,7 @@ say instead -> mask -> surgery with compensation -> anchors of the new mask -> o
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
@@ -321,17 +322,21 @@ class RoundCloser:
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
     ) -> Moments | None:
-        """On source images, where there are some, and with what farms sent of theirs."""
+        """On source images, where there are some, and with what farms sent of theirs.
+
+        Every farm counts alike, and all together as many tokens as their images have: what a cut
+        takes from the species with the fewest photographs must not be made up for the worst.
+        """
         found = None
         if self._source is not None:
             neurons = self._config.plan.cuts_neurons
             found = collect_moments(model, self._source(spec), neurons, bf16_supported())
         if work.moments is None:
             return found
-        for row, reader in zip(replies, readers, strict=True):
+        weight = fmean(row.examples for row in replies) * backbone.tokens(spec)
+        for reader in readers:
             sent = reader.optional("moments")
             if sent is not None:
-                weight = float(row.examples * backbone.tokens(spec))
                 found = together(found, unpack(sent, spec, work.moments, weight))
         return found
 

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import TypeAlias
 
 import numpy as np
@@ -355,7 +356,7 @@ class Bench:
         return {label: {name: found[name][label] for name in found} for label in (FIXED, REFITTED)}
 
     def _second_moments(self, farms: bool = False) -> Moments:
-        """Of the source images and, where asked, of the farms' too, weighed by tokens."""
+        """Of the source images and, where asked, of the farms' too."""
         if farms not in self._moments:
             self._moments[farms] = self._with_farms() if farms else self._of_source()
         return self._moments[farms]
@@ -367,8 +368,10 @@ class Bench:
     def _with_farms(self) -> Moments:
         found = self._second_moments()
         work = [self._pool.submit(moments_farm, self._checkpoint, name) for name in self._farms]
-        for images, sent in (one.result() for one in work):
-            weight = float(images * backbone.tokens(self.dense))
+        farms = [one.result() for one in work]
+        # as the server counts them: every farm alike
+        weight = fmean(images for images, _ in farms) * backbone.tokens(self.dense)
+        for _, sent in farms:
             found = moments.together(found, moments.unpack(sent, self.dense, "all", weight))
         return found
 

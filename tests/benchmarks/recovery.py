@@ -31,20 +31,27 @@ LATE_AFTER = 3
 """Rounds before a late cut: its teacher has learned longer, and has fewer rounds to teach."""
 TWICE, FULL = "taylor, taught", "taylor, all weights taught"
 TAUGHT, FULL_AT_ONCE, LATE = TWICE + AT_ONCE, FULL + AT_ONCE, TWICE + LATE_CUT
+PATIENT = "taylor, taught three epochs" + AT_ONCE
 _FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
+_LONGER = _FACTORS.model_copy(update={"epochs": 3})
 _WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
 RECOVERY: Mapping[str, RecoveryConfig] = {
+    PATIENT: _LONGER,
     TAUGHT: _FACTORS,
     LATE: _FACTORS,
     TWICE: _FACTORS,
     FULL: _WEIGHTS,
     FULL_AT_ONCE: _WEIGHTS,
 }
-"""How farms recover that are told what the backbone said before the cut; they send moments, too."""
+"""How farms recover that are told what the backbone said before the cut; they send moments, too.
+
+All but the first were run when the moments of a farm counted by its images.
+"""
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
+    (PATIENT, 0.64, (1, 0, 2)),
     (TAUGHT, 0.5, (1,)),
     (TAUGHT, 0.64, (1,)),
     (TAUGHT, 0.5, (0,)),
@@ -56,8 +63,9 @@ CASES: tuple[Case, ...] = (
     ("l1gates", 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
-    (TAUGHT, 0.4, (0,)),
-    (TAUGHT, 0.3, (0,)),
+    (PATIENT, 0.5, (1, 0, 2)),
+    (PATIENT, 0.4, (0,)),
+    (PATIENT, 0.3, (0,)),
     ("taylor", 0.64, (0,)),
     (FARMS, 0.5, (0,)),
     (TWICE, 0.5, (0, 1)),
