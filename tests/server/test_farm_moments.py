@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from common.config import RoundConfig, ServerConfig
 from common.errors import ConfigError
 from common.messages import AlignReply, AlignRequest, Reply, Request
+from common.moments import unpack
 from common.plan import PlanConfig
 from common.surgery import Moments, prune_compensated
 from server.centre import require_centre
@@ -69,6 +70,26 @@ def test_they_are_asked_for_once_and_counted_with_the_source(
     tokens = float(used[0].heads[0][-1, -1]) / (images + 32)
     assert tokens == pytest.approx(round(tokens))
     assert bool(used[0].neurons) == (extent == "all")
+
+
+def test_every_farm_counts_alike_however_many_images_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[float] = []
+
+    def watched(body: Any, spec: Any, extent: Any, weight: float) -> Moments:
+        weights.append(weight)
+        return unpack(body, spec, extent, weight)
+
+    monkeypatch.setattr("server.close.unpack", watched)
+    lab = Lab(tmp_path, 3, **RULES | {"prune_heads": 0.5})
+    lab.run()
+    with opened_run(lab.server_dir) as (store, run):
+        images = {row.farm: row.examples for row in store.farms(run.run)}
+    assert len(set(images.values())) == len(weights) == 3
+    assert len(set(weights)) == 1
+    tokens = sum(weights) / sum(images.values())
+    assert tokens == pytest.approx(round(tokens))
 
 
 def test_a_server_without_source_images_makes_up_for_cuts_with_farms_alone(tmp_path: Path) -> None:
