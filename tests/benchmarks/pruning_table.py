@@ -17,13 +17,13 @@ from tests.benchmarks.frontier import Curve, draw
 from tests.benchmarks.invariance import PAIR
 from tests.benchmarks.oneshot import FARMS, FIXED, PLAIN, REFITTED, TORCH_PRUNING
 from tests.benchmarks.plants import Flags
-from tests.benchmarks.recovery import LATE, ROUNDS, TAUGHT
+from tests.benchmarks.recovery import PATIENT, ROUNDS, TAUGHT
 
 CRITERIA: tuple[str, ...] = (*get_args(Criterion), FARMS, PLAIN, TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = PlanConfig().criterion
 DENSE = "dense"
-TRAINED = (DEFAULT, TAUGHT, LATE)
+TRAINED = (DEFAULT, TAUGHT, PATIENT)
 """Whose runs with recovery are curves of the picture, from the dense run of as many rounds on."""
 
 Outcomes: TypeAlias = Mapping[int, Mapping[str, Flags]]

@@ -63,7 +63,7 @@ CASES: tuple[Case, ...] = (
     ("l1gates", 0.5, (0, 1)),
     ("magnitude", 0.5, (0, 1)),
     ("random", 0.5, (0, 1)),
-    (PATIENT, 0.5, (1, 0, 2)),
+    (PATIENT, 0.5, (1,)),
     (PATIENT, 0.4, (0,)),
     (PATIENT, 0.3, (0,)),
     ("taylor", 0.64, (0,)),
