@@ -324,8 +324,8 @@ class RoundCloser:
     ) -> Moments | None:
         """On source images, where there are some, and with what farms sent of theirs.
 
-        Every farm counts alike, as its accuracy does, and all together as many tokens as their
-        images have. With few photographs or many, over ten farms that is no better or worse.
+        Every farm counts alike, so that a large one does not speak for all, and all together as
+        many tokens as their images have.
         """
         found = None
         if self._source is not None:
