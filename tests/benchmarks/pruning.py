@@ -5,8 +5,9 @@ images per class. For each seed: three rounds of warm-up, then that one checkpoi
 30 % of its MACs at once, and in events with rounds of recovery between them (recovery.py). All is
 judged on every farm's whole test part; differences are paired on the same images. Two idle cores
 need some five minutes for a warm-up, one for a cut, five for a run with recovery, eight where that
-takes three epochs a round; call it again until it ends, or in two terminals at once with ``PROCESSES=1 OMP_NUM_THREADS=1``, which keeps both
-cores busy all the time. ``ONLY=oneshot``, ``recovery`` or ``invariance`` does one of the three.
+takes three epochs a round; call it again until it ends, or in two terminals at once with
+``PROCESSES=1 OMP_NUM_THREADS=1``, which keeps both cores busy all the time. ``ONLY=oneshot``,
+``recovery`` or ``invariance`` does one of the three.
 """
 
 import json
