@@ -12,7 +12,7 @@ from server.markup import node
 Curve: TypeAlias = Sequence[tuple[float, float]]
 """Points of MACs (share of the dense backbone) and accuracy, both as ratios."""
 
-WIDTH, HEIGHT = 840.0, 420.0
+WIDTH, HEIGHT = 900.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 500.0, 40.0, 370.0
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito (2008): told apart with every kind of colour vision; then they return, dashed."""
