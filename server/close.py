@@ -322,11 +322,7 @@ class RoundCloser:
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
     ) -> Moments | None:
-        """On source images, where there are some, and with what farms sent of theirs.
-
-        Every farm counts alike, so that a large one does not speak for all, and all together as
-        many tokens as their images have.
-        """
+        """On source images, if any, and what farms sent: each alike, for no large one decides."""
         found = None
         if self._source is not None:
             neurons = self._config.plan.cuts_neurons
