@@ -6,13 +6,15 @@ channels (about zero), fp16, the upper triangle row by row. Nothing in it is lar
 of the backbone make it, and no number of tokens is claimed: the server counts every farm alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common import codec
+from common.backbone import tokens
 from common.codec import Bytes
 from common.errors import ProtocolError, RejectReason
 from common.messages import Extent
@@ -46,6 +48,34 @@ def together(one: Moments | None, other: Moments) -> Moments:
     if one is None:
         return other
     return Moments(_summed(one.heads, other.heads), _summed(one.neurons, other.neurons))
+
+
+def with_farms(
+    source: Moments | None,
+    sent: Iterable[Bytes],
+    spec: ModelSpec,
+    extent: Extent,
+    images: Sequence[int],
+) -> Moments | None:
+    """Moments of the source images, if any, and of what farms sent.
+
+    Every farm counts alike, as in the mean of their accuracies, so that a large one does not speak
+    for all; together they count as many tokens as their images have.
+
+    Args:
+        source: sums over the source images; None: there are none.
+        sent: by each farm, read one at a time.
+        spec: of the backbone that they looked at.
+        extent: which layers they sent.
+        images: of each farm.
+
+    Raises:
+        ProtocolError: not what a farm sends of this backbone.
+    """
+    found, weight = source, fmean(images) * tokens(spec)
+    for body in sent:
+        found = together(found, unpack(body, spec, extent, weight))
+    return found
 
 
 def _summed(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ say instead -> mask -> surgery with compensation -> anchors of the new mask -> o
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
@@ -20,7 +19,7 @@ from common.budget import Budget, choose_mask
 from common.config import ServerConfig
 from common.mask import Mask
 from common.messages import Extent
-from common.moments import together, unpack
+from common.moments import with_farms
 from common.networks import Network
 from common.precision import bf16_supported
 from common.scores import UnitScores, decode_neurons
@@ -322,19 +321,16 @@ class RoundCloser:
         replies: Sequence[ReplyRow],
         readers: Sequence[ReplyReader],
     ) -> Moments | None:
-        """On source images, if any, and what farms sent: each alike, for no large one decides."""
+        """On source images, where there are some, and with what farms sent of theirs."""
         found = None
         if self._source is not None:
             neurons = self._config.plan.cuts_neurons
             found = collect_moments(model, self._source(spec), neurons, bf16_supported())
         if work.moments is None:
             return found
-        weight = fmean(row.examples for row in replies) * backbone.tokens(spec)
-        for reader in readers:
-            sent = reader.optional("moments")
-            if sent is not None:
-                found = together(found, unpack(sent, spec, work.moments, weight))
-        return found
+        bodies = (reader.optional("moments") for reader in readers)
+        sent = (body for body in bodies if body is not None)
+        return with_farms(found, sent, spec, work.moments, [row.examples for row in replies])
 
     def _choose(self, run: int, agreed: UnitScores, before: Mask, budget: Budget) -> Mask:
         """The mask of a prune event; one that was undone in this run is not tried again."""

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import TypeAlias
 
 import numpy as np
@@ -366,13 +365,10 @@ class Bench:
             return collect_moments(self._model, self._source(), autocast=bf16_supported())
 
     def _with_farms(self) -> Moments:
-        found = self._second_moments()
         work = [self._pool.submit(moments_farm, self._checkpoint, name) for name in self._farms]
-        farms = [one.result() for one in work]
-        # as the server counts them: every farm alike
-        weight = fmean(images for images, _ in farms) * backbone.tokens(self.dense)
-        for _, sent in farms:
-            found = moments.together(found, moments.unpack(sent, self.dense, "all", weight))
+        images, sent = zip(*(one.result() for one in work), strict=True)
+        found = moments.with_farms(self._second_moments(), sent, self.dense, "all", images)
+        assert found is not None
         return found
 
 

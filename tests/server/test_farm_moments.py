@@ -81,7 +81,7 @@ def test_every_farm_counts_alike_however_many_images_it_has(
         weights.append(weight)
         return unpack(body, spec, extent, weight)
 
-    monkeypatch.setattr("server.close.unpack", watched)
+    monkeypatch.setattr("common.moments.unpack", watched)
     lab = Lab(tmp_path, 3, **RULES | {"prune_heads": 0.5})
     lab.run()
     with opened_run(lab.server_dir) as (store, run):
