@@ -14,6 +14,7 @@ Curve: TypeAlias = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 900.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 500.0, 40.0, 370.0
+LEGEND = RIGHT + 52
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito (2008): told apart with every kind of colour vision; then they return, dashed."""
 DASHES = (None, "7 3", "2 3")
@@ -68,8 +69,8 @@ def _curve(name: str, places: Sequence[tuple[float, float]], number: int) -> lis
     dots = [node("circle", cx=x, cy=y, r=3.5, fill=colour) for x, y in places]
     y = TOP + 40 + 20 * number
     key = [
-        _line((RIGHT + 52, y - 4), (RIGHT + 72, y - 4), colour, dashes),
-        _text(RIGHT + 78, y, name, "start"),
+        _line((LEGEND, y - 4), (LEGEND + 20, y - 4), colour, dashes),
+        _text(LEGEND + 26, y, name, "start"),
     ]
     return [line, *dots, *key]
 

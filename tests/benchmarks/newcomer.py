@@ -23,7 +23,7 @@ from common.messages import EvaluateReply, EvaluateRequest
 from server.compare import paired_bootstrap
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
-from tests.benchmarks.recovery import RECOVERY, TAUGHT, plan_of
+from tests.benchmarks.recovery import TAUGHT, plan_of, recovery_of
 
 SPECIES = ("coffee", "grape", "potato", "rice", "seedlings")
 """Stated beforehand: near ones and distant ones, two on which defaults were chosen."""
@@ -38,14 +38,13 @@ def cell(root: Path, species: str, ratio: float) -> Cell:
     others = [name for name in plants.farm_names() if name != species]
     path = folder / "model.safetensors"
     if not path.is_file():
-        plan = plan_of("dense" if ratio == 1 else TAUGHT, ratio)
-        recovery = None if ratio == 1 else RECOVERY[TAUGHT]
+        name = "dense" if ratio == 1 else TAUGHT
         plants.play(
             *(TrainConfig(), ROUNDS, SEED),
             farms=others,
-            plan=plan,
+            plan=plan_of(name, ratio),
             keep=folder,
-            recovery=recovery,
+            recovery=recovery_of(name),
         )
     reports = join(path, folder, species)
     return {"species": species, "ratio": ratio, "correct": plants.packed_by(reports)}

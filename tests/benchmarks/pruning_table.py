@@ -176,17 +176,13 @@ def invariance_rows(cuts: Sequence[Cell], cases: Sequence[Cell]) -> list[Cell]:
 def picture(table: Sequence[Cell], path: Path) -> None:
     """Accuracy against MACs with the default compensation and classifiers fitted anew."""
     best = [r for r in table if (r["compensation"], r["classifier"]) == (METHODS[-1], REFITTED)]
-    at_once = [r for r in best if not r["rounds_recovery"]]
-    curves: dict[str, Curve] = {
-        name: [(r["macs_ratio"], r["accuracy"]) for r in at_once if r["criterion"] == name]
-        for name in CRITERIA
-    }
-    for name in TRAINED:
-        curves[f"{name}, {ROUNDS} rounds"] = [
-            (r["macs_ratio"], r["accuracy"])
-            for r in best
-            if r["rounds_recovery"] and r["criterion"] in (name, DENSE)
-        ]
+
+    def curve(rounds: int, *names: str) -> Curve:
+        chosen = [r for r in best if r["rounds_recovery"] == rounds and r["criterion"] in names]
+        return [(r["macs_ratio"], r["accuracy"]) for r in chosen]
+
+    curves = {name: curve(0, name) for name in CRITERIA}
+    curves |= {f"{name}, {ROUNDS} rounds": curve(ROUNDS, name, DENSE) for name in TRAINED}
     (level,) = [
         r["accuracy"]
         for r in table

@@ -6,7 +6,7 @@ the cuts cost.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from common.budget import Budget
 from common.config import RecoveryConfig, TrainConfig
@@ -26,27 +26,31 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
-AT_ONCE, LATE_CUT = ", one cut", ", one late cut"
-LATE_AFTER = 3
-"""Rounds before a late cut: its teacher has learned longer, and has fewer rounds to teach."""
-TWICE, FULL = "taylor, taught", "taylor, all weights taught"
-TAUGHT, FULL_AT_ONCE, LATE = TWICE + AT_ONCE, FULL + AT_ONCE, TWICE + LATE_CUT
-PATIENT = "taylor, taught three epochs" + AT_ONCE
-_FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
-_LONGER = _FACTORS.model_copy(update={"epochs": 3})
-_WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
-RECOVERY: Mapping[str, RecoveryConfig] = {
-    PATIENT: _LONGER,
-    TAUGHT: _FACTORS,
-    LATE: _FACTORS,
-    TWICE: _FACTORS,
-    FULL: _WEIGHTS,
-    FULL_AT_ONCE: _WEIGHTS,
-}
-"""How farms recover that are told what the backbone said before the cut; they send moments, too.
+TWICE, TAUGHT = "taylor, taught", "taylor, taught, one cut"
+LATE, PATIENT = "taylor, taught, one late cut", "taylor, taught three epochs, one cut"
+FULL, FULL_AT_ONCE = "taylor, all weights taught", "taylor, all weights taught, one cut"
 
-All but the first were run when the moments of a farm counted by its images.
-"""
+
+class Recipe(NamedTuple):
+    """How farms recover that are told what the backbone said before; they send moments, too."""
+
+    recovery: RecoveryConfig
+    cuts: int = 1
+    first: int = 1
+    """The round that ends with the first cut."""
+
+
+_FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
+_WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
+RECIPES: Mapping[str, Recipe] = {
+    PATIENT: Recipe(RecoveryConfig(rank=16, epochs=3, self_distil=3.0)),
+    TAUGHT: Recipe(_FACTORS),
+    TWICE: Recipe(_FACTORS, cuts=EVENTS),
+    LATE: Recipe(_FACTORS, first=3),
+    FULL: Recipe(_WEIGHTS, cuts=EVENTS),
+    FULL_AT_ONCE: Recipe(_WEIGHTS),
+}
+"""By the name of their rows; all but the first were run when moments counted by images."""
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
@@ -82,16 +86,21 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
     plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=1, max_drop_ratio=1.0)
     if name == "dense":
         return plan
-    taught = name in RECOVERY
+    recipe = RECIPES.get(name)
     changes = {
-        "criterion": "taylor" if taught else scored_by(name),
-        "redundancy": taught or name in SPARING,
-        "moments": "farms" if taught or name == FARMS else "source",
-        "prune_events": 1 if name.endswith((AT_ONCE, LATE_CUT)) else EVENTS,
-        "warmup": LATE_AFTER if name.endswith(LATE_CUT) else plan.warmup,
+        "criterion": "taylor" if recipe else scored_by(name),
+        "redundancy": recipe is not None or name in SPARING,
+        "moments": "farms" if recipe or name == FARMS else "source",
+        "prune_events": recipe.cuts if recipe else EVENTS,
+        "warmup": recipe.first if recipe else plan.warmup,
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
+
+
+def recovery_of(name: str) -> RecoveryConfig | None:
+    """How farms train after a cut; None: as before it."""
+    return RECIPES[name].recovery if name in RECIPES else None
 
 
 def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
@@ -108,7 +117,7 @@ def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
             seed,
             plan=plan,
             base=checkpoint.path,
-            recovery=RECOVERY.get(name),
+            recovery=recovery_of(name),
         )
         mask = judged.mask
     return {
