@@ -28,6 +28,7 @@ ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
 TWICE, TAUGHT = "taylor, taught", "taylor, taught, one cut"
 LATE, PATIENT = "taylor, taught, one late cut", "taylor, taught three epochs, one cut"
+LONG = "taylor, taught five epochs, one cut"
 FULL, FULL_AT_ONCE = "taylor, all weights taught", "taylor, all weights taught, one cut"
 
 
@@ -44,18 +45,20 @@ _FACTORS = RecoveryConfig(rank=16, self_distil=3.0)
 _WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
 RECIPES: Mapping[str, Recipe] = {
     PATIENT: Recipe(RecoveryConfig(rank=16, epochs=3, self_distil=3.0)),
+    LONG: Recipe(RecoveryConfig(rank=16, epochs=5, self_distil=3.0)),
     TAUGHT: Recipe(_FACTORS),
     TWICE: Recipe(_FACTORS, cuts=EVENTS),
     LATE: Recipe(_FACTORS, first=3),
     FULL: Recipe(_WEIGHTS, cuts=EVENTS),
     FULL_AT_ONCE: Recipe(_WEIGHTS),
 }
-"""By the name of their rows; all but the first were run when moments counted by images."""
+"""By the name of their rows; all but the first two were run when moments counted by images."""
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
     (PATIENT, 0.64, (1, 0, 2)),
+    (LONG, 0.64, (1, 0, 2)),
     (TAUGHT, 0.5, (1,)),
     (TAUGHT, 0.64, (1,)),
     (TAUGHT, 0.5, (0,)),
