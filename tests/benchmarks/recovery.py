@@ -29,6 +29,8 @@ ROUNDS, EVENTS = 6, 2
 TWICE, TAUGHT = "taylor, taught", "taylor, taught, one cut"
 LATE, PATIENT = "taylor, taught, one late cut", "taylor, taught three epochs, one cut"
 LONG = "taylor, taught five epochs, one cut"
+DISTILLED = "taylor, distilled, cut after round 4"
+FACTORED = "taylor, distilled by factors, cut after round 4"
 FULL, FULL_AT_ONCE = "taylor, all weights taught", "taylor, all weights taught, one cut"
 
 
@@ -46,6 +48,11 @@ _WEIGHTS = RecoveryConfig(trainable="full", self_distil=3.0)
 RECIPES: Mapping[str, Recipe] = {
     PATIENT: Recipe(RecoveryConfig(rank=16, epochs=3, self_distil=3.0)),
     LONG: Recipe(RecoveryConfig(rank=16, epochs=5, self_distil=3.0)),
+    # the teacher's say so loud that labels hardly count
+    DISTILLED: Recipe(
+        RecoveryConfig(trainable="full", lr=1e-4, epochs=3, self_distil=30.0), first=4
+    ),
+    FACTORED: Recipe(RecoveryConfig(rank=16, epochs=3, self_distil=30.0), first=4),
     TAUGHT: Recipe(_FACTORS),
     TWICE: Recipe(_FACTORS, cuts=EVENTS),
     LATE: Recipe(_FACTORS, first=3),
@@ -57,6 +64,8 @@ RECIPES: Mapping[str, Recipe] = {
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     ("dense", 1.0, (0, 1, 2)),
+    (DISTILLED, 0.64, (1,)),
+    (FACTORED, 0.64, (1,)),
     (PATIENT, 0.64, (1, 0, 2)),
     (LONG, 0.64, (1, 0)),
     (TAUGHT, 0.5, (1,)),
