@@ -1,4 +1,7 @@
-"""``fieldfed-client`` for devices that only classify: bundle, distil, student, classify, watch."""
+"""``fieldfed-client`` for devices that only classify: what writes their files, and what reads them.
+
+Bundle, distil, student and adapt write; classify and watch read.
+"""
 
 import json
 import sys
@@ -97,6 +100,48 @@ def student(
     print(
         f"{made.name} ({made.digest[:12]}): right about {made.accuracy:.3f} of the decide part; "
         f"{out.stat().st_size / 1e6:.1f} MB: {out}"
+    )
+
+
+@infer_app.command(
+    epilog="Example: fieldfed-client adapt farms/rice --dense dense.safetensors --out rice.bundle"
+)
+def adapt(
+    folder: Annotated[Path, typer.Argument(help="the farm's folder: farm.toml and its state")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+    dense: Annotated[
+        Path | None, typer.Option(help="what 'mask export' wrote; default: the fullest here")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="of training on this farm alone", min=0)] = 3,
+    seed: Annotated[int, typer.Option(help="of order and augmentation", min=0)] = 0,
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits: smaller and faster")] = False,
+    log: LogOption = "text",
+) -> None:
+    """Make the shared backbone this farm's own, where it came late or is unlike the others.
+
+    A backbone of before the cuts learns on this farm alone, and tells what is left. What comes of
+    it is one file for its devices, and no base of the network's rounds.
+    """
+    from client.adapt import adapt as adapt_to
+    from client.adapt import fuller_than, newest
+    from client.device import Device
+    from client.portable import in_8_bits
+    from client.pupil import calibrated_bundle
+    from client.state import FarmState
+
+    logs.start_logging(log)
+    device, state = Device.of(folder), FarmState(folder / "state")
+    images, base = device.images(), newest(state)
+    fuller = fuller_than(base, state, dense)
+    made = adapt_to(base, images, fuller, rounds=rounds, seed=seed)
+    about = device.serving.about()
+    version = 1 if about is None else about.manifest.counter
+    bundle, _ = calibrated_bundle(made.model, made.spec, made.classifier, images, version)
+    bundle = in_8_bits(bundle, images) if int8 else bundle
+    bundle.write(out)
+    print(
+        f"right about {made.accuracy:.3f} of the decide part, {made.shared:.3f} as all farms share "
+        f"it; {out.stat().st_size / 1e6:.1f} MB: {out}"
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from client.base import Base, classifier_of
 from client.lesson import calibration_batches
@@ -14,6 +15,7 @@ from common.errors import StateError
 from common.export import exported
 from common.images import FarmFolder
 from common.portable import PortableAbout, PortableBundle
+from common.spec import Spec
 from common.student import recalibrate
 
 
@@ -44,7 +46,27 @@ def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
     student, spec = base.student()
     recalibrate(student, calibration_batches(folder.fit, spec))
     classifier = classifier_of(state, folder, base)
-    features, labels = fit.extract(student, folder.decide, spec)
+    bundle, accuracy = calibrated_bundle(student, spec, classifier, folder, version)
+    return Made(bundle, spec.name, base.digest, accuracy)
+
+
+def calibrated_bundle(
+    network: nn.Module, spec: Spec, classifier: nn.Linear, folder: FarmFolder, version: int
+) -> tuple[PortableBundle, float]:
+    """A network with a farm's classifier, calibrated on its decide part, and its accuracy there.
+
+    Args:
+        network: of images to features.
+        spec: of the network.
+        classifier: of these features.
+        folder: the farm's images.
+        version: that the bundle names.
+
+    Raises:
+        DataError: images cannot be read.
+        ModelError: ONNX Runtime says something else.
+    """
+    features, labels = fit.extract(network, folder.decide, spec)
     with torch.inference_mode():
         logits = classifier(features)
     temperature = best_temperature(logits, labels)
@@ -59,8 +81,8 @@ def portable_pupil(state: FarmState, folder: FarmFolder, version: int) -> Made:
         temperature=temperature,
         threshold=sure_from(logits / temperature, labels),
     )
-    bundle = joined(about, student, exported(student, spec.image_size), classifier)
-    return Made(bundle, spec.name, base.digest, fit.evaluate_logits(logits, labels).accuracy)
+    bundle = joined(about, network, exported(network, spec.image_size), classifier)
+    return bundle, fit.evaluate_logits(logits, labels).accuracy
 
 
 def _newest(state: FarmState) -> Base:

@@ -311,8 +311,17 @@ def _compensate(
 
 def _take_over(W_Og: Tensor, G: Tensor, gone: Tensor, columns: Tensor, epsilon: float) -> Tensor:
     """W_g G[g,K] (G[K,K] + eps diag G[K,K])^-1, (O,K), in float64."""
-    G_KK = G[columns][:, columns].clone()
-    right_KO = G[columns][:, gone] @ W_Og.T
+    return solve_ridge(G[columns][:, columns].clone(), G[columns][:, gone] @ W_Og.T, epsilon)
+
+
+def solve_ridge(G_KK: Tensor, right_KO: Tensor, epsilon: float) -> Tensor:
+    """D (O,K) of D (G + eps diag G) = right^T.
+
+    Args:
+        G_KK: second moments, float64; changed.
+        right_KO: products with what is to be said, float64.
+        epsilon: relative to the diagonal, >= 0.
+    """
     diagonal = G_KK.diagonal()
     # A channel that is always zero leaves an empty row: any positive pivot gives it weight zero.
     diagonal += epsilon * diagonal + torch.where(diagonal > 0, 0.0, 1.0)

@@ -81,20 +81,31 @@ def explain_head(
 def export_heads(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="file to write")] = Path("heads.json"),
+    dense: Annotated[
+        Path | None, typer.Option(help="and the newest backbone that nothing was cut from")
+    ] = None,
     run_number: RunNumber = None,
 ) -> None:
     """Write which heads are gone, for a farm that asks whether it needs them."""
+    from common import backbone
     from common.files import write_atomically
-    from server.removals import removals
+    from server.models import Models
+    from server.removals import newest_whole, removals
     from server.store import opened_run
 
     with opened_run(folder, run_number) as (store, row):
         found = removals(store, row)
+        whole = newest_whole(store, row)
+    if dense is not None:
+        model, spec = Models(folder).view(whole)
+        backbone.save_backbone(dense, model, spec)
     write_atomically(out, found.model_dump_json(indent=1).encode())
     print(
         f"{len(found.removed)} heads of run {found.run} are gone: {out}; give it to a farm, which "
         "runs: fieldfed-client needs"
     )
+    if dense is not None:
+        print(f"backbone {whole[:12]}: {dense}; a farm gives it to: fieldfed-client adapt --dense")
 
 
 @mask_app.command("clusters", epilog="Example: fieldfed-server mask clusters network --out masks")

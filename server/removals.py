@@ -42,3 +42,9 @@ def removals(store: Store, run: RunRow) -> Removals:
             if not one.kept
         ),
     )
+
+
+def newest_whole(store: Store, run: RunRow) -> str:
+    """The digest of the newest backbone from which the cuts of this run have taken nothing."""
+    of_now = [row.digest for row in store.candidates(run.run).values() if row.mask == run.mask]
+    return [run.base, *of_now][-1]

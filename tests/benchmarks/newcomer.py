@@ -2,9 +2,11 @@
 
 ``make bench-newcomer`` needs the photographs and the weights beside the project. For each of five
 species nine farms run four rounds without it, once dense and once down to half of the MACs by one
-cut, with what recovery.py calls taught; then the tenth joins with 20 images a class, fits its
-classifier (probe), and adapts for three rounds of its own. A run takes about four minutes on two
-idle cores, all of them forty; two terminals share them out as those of bench-pruning do.
+cut after the third, with what recovery.py calls patient; then the tenth joins with 20 images a
+class. It fits its classifier (probe), and makes the backbone its own (adapted) as
+``fieldfed-client adapt`` does: by three rounds alone, of the dense backbone, or of the newest that
+the nine had before the cut, which then tells what is left. A run takes six minutes on two idle
+cores, all of them an hour; two terminals share them out as those of bench-pruning do.
 """
 
 import json
@@ -12,22 +14,23 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+from timm.models.vision_transformer import VisionTransformer
 
-from client.farm import Farm
-from common import backbone
-from common.compress import compress
+from client.adapt import adapt
+from client.base import Base
+from common import backbone, fit
 from common.config import TrainConfig
-from common.mask import Mask
-from common.messages import EvaluateReply, EvaluateRequest
+from common.images import FarmFolder, Purpose, open_folder
+from common.precision import bf16_supported
+from common.spec import ModelSpec
 from server.compare import paired_bootstrap
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
-from tests.benchmarks.recovery import TAUGHT, plan_of, recovery_of
+from tests.benchmarks.recovery import PATIENT, RECIPES, plan_of
 
 SPECIES = ("coffee", "grape", "potato", "rice", "seedlings")
 """Stated beforehand: near ones and distant ones, two on which defaults were chosen."""
-SEED, ROUNDS, RATIO = 0, 4, 0.5
+SEED, ROUNDS, CUT_AFTER, RATIO = 0, 4, 3, 0.5
 PER_CLASS, ADAPT_ROUNDS = 20, 3
 PROBE, ADAPTED = "probe", "adapted"
 
@@ -36,47 +39,41 @@ def cell(root: Path, species: str, ratio: float) -> Cell:
     """Nine farms play, the tenth joins."""
     folder = root / f"{species}-{ratio:g}"
     others = [name for name in plants.farm_names() if name != species]
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        name = "dense" if ratio == 1 else TAUGHT
+    if not (folder / "model.safetensors").is_file():
+        plan = plan_of("dense" if ratio == 1 else PATIENT, ratio)
         plants.play(
             *(TrainConfig(), ROUNDS, SEED),
             farms=others,
-            plan=plan_of(name, ratio),
+            plan=plan if ratio == 1 else plan.model_copy(update={"warmup": CUT_AFTER}),
             keep=folder,
-            recovery=recovery_of(name),
+            recovery=None if ratio == 1 else RECIPES[PATIENT].recovery,
         )
-    reports = join(path, folder, species)
-    return {"species": species, "ratio": ratio, "correct": plants.packed_by(reports)}
+    return {"species": species, "ratio": ratio, "correct": plants.packed_by(join(folder, species))}
 
 
-def join(path: Path, folder: Path, species: str) -> dict[str, plants.Correct]:
-    """What the newcomer gets right on its test part: at once, and after rounds of its own."""
-    model, spec = backbone.load_backbone(path)
-    body = np.frombuffer(backbone.pack(model, spec), np.uint8)
-    config, state = plants.farm_config(folder, species, SEED, PER_CLASS)
-    farm = Farm.open(config, state)
-    found: dict[str, plants.Correct] = {}
-    for label, rounds in ((PROBE, 0), (ADAPTED, ADAPT_ROUNDS)):
-        request = EvaluateRequest(
-            run=1,
-            round=0,
-            attempt=1,
-            seed=SEED,
-            base=backbone.digest(model, spec),
-            mask=Mask.dense(spec).digest,
-            body_kind="full",
-            body=compress(body),
-            label=label,
-            local_rounds=rounds,
-            train=TrainConfig(),
-        )
-        reply = farm.handle(request)
-        if not isinstance(reply, EvaluateReply):
-            raise SystemExit(f"{species}: {reply}")
-        report = json.loads((state / "reports" / f"{label}.json").read_text())
-        found[label] = {species: np.array(report["correct"], dtype=np.bool_)}
-    return found
+def join(folder: Path, species: str) -> dict[str, plants.Correct]:
+    """What the newcomer gets right on its test part: at once, and with what it made its own."""
+    config, _ = plants.farm_config(folder, species, SEED, PER_CLASS)
+    images = open_folder(config.farm.data, per_class=PER_CLASS, seed=config.farm.seed)
+    model, spec = backbone.load_backbone(folder / "model.safetensors")
+    whole = backbone.load_backbone(folder / "dense.safetensors")
+    base = Base(model, spec, backbone.digest(model, spec))
+    fuller = None if whole[1] == spec else whole
+    return {
+        label: {species: _right(base, images, fuller, rounds)}
+        for label, fuller, rounds in ((PROBE, None, 0), (ADAPTED, fuller, ADAPT_ROUNDS))
+    }
+
+
+def _right(
+    base: Base,
+    images: FarmFolder,
+    fuller: tuple[VisionTransformer, ModelSpec] | None,
+    rounds: int,
+) -> plants.Flags:
+    made = adapt(base, images, fuller, rounds=rounds, seed=SEED, autocast=bf16_supported())
+    found = fit.extract(made.model, images.open_test(Purpose.REPORT), made.spec)
+    return fit.evaluate(made.classifier, *found).correct
 
 
 def row(species: str, dense: Mapping[str, Cell], pruned: Mapping[str, Cell]) -> Cell:

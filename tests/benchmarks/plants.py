@@ -36,6 +36,7 @@ from common.plan import PlanConfig
 from server.begin import run_rounds
 from server.models import Models
 from server.pretrain import ANCHORS_FILE, BASE_FILE, pretrain, shape_of
+from server.removals import newest_whole
 from server.rounds import WallClock
 from server.search import planned
 from server.settings import RunSettings
@@ -163,8 +164,9 @@ def play(
 
     ``weights`` are those to begin with, by default the shared ones; ``base`` is a backbone, pruned
     perhaps, that farms begin with instead, its anchors beside it; ``keep`` is a folder for the last
-    backbone (model.safetensors) and its mask's anchors. ``side`` is that of images, in pixels, and
-    ``recovery`` says how farms train after a cut, where not as before.
+    backbone (model.safetensors), the newest that nothing was cut from (dense.safetensors) and the
+    anchors of the last mask. ``side`` is that of images, in pixels, and ``recovery`` says how farms
+    train after a cut, where not as before.
     """
     names = list(farms or farm_names())
     chosen = (plan or PlanConfig()).model_copy(update={"rounds": rounds})
@@ -201,6 +203,7 @@ def _keep(server: Path, folder: Path | None) -> Mask:
         assert last is not None
         _, candidate = last
         mask = Mask.from_json(store.mask(candidate.mask))
+        whole = newest_whole(store, run)
     if folder is None:
         return mask
     anchors = Models(server).anchors(candidate.mask)
@@ -208,6 +211,7 @@ def _keep(server: Path, folder: Path | None) -> Mask:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ANCHORS_FILE).write_bytes(anchors.tobytes())
     shutil.copy(candidate.path, folder / "model.safetensors")
+    shutil.copy(Models(server).path(whole), folder / "dense.safetensors")
     return mask
 
 
