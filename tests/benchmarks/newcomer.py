@@ -26,7 +26,7 @@ from common.spec import ModelSpec
 from server.compare import paired_bootstrap
 from tests.benchmarks import plants
 from tests.benchmarks.cells import Cell, Cells, unfinished
-from tests.benchmarks.recovery import PATIENT, RECIPES, plan_of
+from tests.benchmarks.recovery import DENSE, PATIENT, RECIPES, plan_of
 
 SPECIES = ("coffee", "grape", "potato", "rice", "seedlings")
 """Stated beforehand: near ones and distant ones, two on which defaults were chosen."""
@@ -40,7 +40,7 @@ def cell(root: Path, species: str, ratio: float) -> Cell:
     folder = root / f"{species}-{ratio:g}"
     others = [name for name in plants.farm_names() if name != species]
     if not (folder / "model.safetensors").is_file():
-        plan = plan_of("dense" if ratio == 1 else PATIENT, ratio)
+        plan = plan_of(DENSE if ratio == 1 else PATIENT, ratio)
         plants.play(
             *(TrainConfig(), ROUNDS, SEED),
             farms=others,

@@ -27,8 +27,8 @@ from tests.benchmarks import pruning_table as table
 from tests.benchmarks.cells import Cell, Cells, unfinished
 from tests.benchmarks.invariance import FEW, PAIR, UNSEEN, invariance_cell
 from tests.benchmarks.oneshot import FIXED, REFITTED, Bench, Checkpoint, summary
-from tests.benchmarks.pruning_table import CRITERIA, DEFAULT, DENSE, METHODS
-from tests.benchmarks.recovery import CASES, EVENTS, recovery_cell
+from tests.benchmarks.pruning_table import CRITERIA, DEFAULT, METHODS
+from tests.benchmarks.recovery import CASES, DENSE, EVENTS, recovery_cell
 
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)

@@ -17,12 +17,11 @@ from tests.benchmarks.frontier import Curve, draw
 from tests.benchmarks.invariance import PAIR
 from tests.benchmarks.oneshot import FARMS, FIXED, PLAIN, REFITTED, TORCH_PRUNING
 from tests.benchmarks.plants import Flags
-from tests.benchmarks.recovery import PATIENT, ROUNDS, TAUGHT
+from tests.benchmarks.recovery import DENSE, DENSE_PATIENT, PATIENT, ROUNDS, TAUGHT
 
 CRITERIA: tuple[str, ...] = (*get_args(Criterion), FARMS, PLAIN, TORCH_PRUNING)
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Criterion = PlanConfig().criterion
-DENSE = "dense"
 TRAINED = (DEFAULT, TAUGHT, PATIENT)
 """Whose runs with recovery are curves of the picture, from the dense run of as many rounds on."""
 
@@ -96,10 +95,15 @@ def recovery_rows(cells: Sequence[Cell]) -> list[Cell]:
     """Runs with recovery, each against the dense run of the same seeds and rounds."""
     by_case = grouped(cells)
     found = []
-    for same in by_case.values():
+    for (name, _), same in by_case.items():
         (method,) = same[0]["correct"]
         dense = outcomes(by_case[DENSE, 1.0], method, REFITTED)
-        found.append(row(same, method, REFITTED, dense))
+        line = row(same, method, REFITTED, dense)
+        if name == PATIENT:  # a fair reader asks what the dense one gains from as much training
+            alike = outcomes(by_case[DENSE_PATIENT, 1.0], method, REFITTED)
+            trained = outcomes(same, method, REFITTED)
+            line["against_dense_trained_alike"] = difference(trained, alike)
+        found.append(line)
     return found
 
 

@@ -26,6 +26,7 @@ from tests.benchmarks.oneshot import (
 
 ROUNDS, EVENTS = 6, 2
 """The default of a run: events end rounds 1 and 3; three rounds of recovery follow the last."""
+DENSE, DENSE_PATIENT = "dense", "dense, rank 16, three epochs"
 TWICE, TAUGHT = "taylor, taught", "taylor, taught, one cut"
 LATE, PATIENT = "taylor, taught, one late cut", "taylor, taught three epochs, one cut"
 LONG = "taylor, taught five epochs, one cut"
@@ -63,7 +64,8 @@ RECIPES: Mapping[str, Recipe] = {
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
-    ("dense", 1.0, (0, 1, 2)),
+    (DENSE, 1.0, (0, 1, 2)),
+    (DENSE_PATIENT, 1.0, (1, 0, 2)),
     (DISTILLED, 0.64, (1,)),
     (FACTORED, 0.64, (1,)),
     (PATIENT, 0.64, (1, 0, 2)),
@@ -94,9 +96,9 @@ CASES: tuple[Case, ...] = (
 
 
 def plan_of(name: str, ratio: float) -> PlanConfig:
-    """The schedule that leaves this share of the MACs; "dense" cuts nothing."""
+    """The schedule that leaves this share of the MACs; a dense one cuts nothing."""
     plan = PlanConfig(rounds=ROUNDS, prune_events=EVENTS, warmup=1, max_drop_ratio=1.0)
-    if name == "dense":
+    if name in (DENSE, DENSE_PATIENT):
         return plan
     recipe = RECIPES.get(name)
     changes = {
@@ -108,6 +110,11 @@ def plan_of(name: str, ratio: float) -> PlanConfig:
         "prune_macs": round(1 - ratio, 6),
     }
     return PlanConfig.model_validate(plan.model_dump() | changes)
+
+
+def train_of(name: str) -> TrainConfig:
+    """How farms train before a cut; where there is none, as the patient do after theirs."""
+    return TrainConfig(rank=16, epochs=3) if name == DENSE_PATIENT else TrainConfig()
 
 
 def recovery_of(name: str) -> RecoveryConfig | None:
@@ -124,7 +131,7 @@ def recovery_cell(root: Path, name: str, ratio: float, seed: int) -> Cell:
     else:
         plan = plan_of(name, ratio)
         judged = plants.play(
-            TrainConfig(),
+            train_of(name),
             ROUNDS,
             seed,
             plan=plan,
@@ -153,5 +160,5 @@ def _cut_at_once(checkpoint: Checkpoint, ratio: float) -> tuple[plants.Judged, M
         folder.mkdir(exist_ok=True)
         base = bench.save_cut(mask, PlanConfig().compensation, folder)
         bench.save_anchors(base)
-    plan = plan_of("dense", 1.0)
+    plan = plan_of(DENSE, 1.0)
     return plants.play(TrainConfig(), ROUNDS, checkpoint.seed, plan=plan, base=base), mask

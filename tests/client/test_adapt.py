@@ -114,7 +114,7 @@ def test_what_was_there_before_the_cut_is_found_on_the_device(tmp_path: Path) ->
 
 def test_where_there_is_none_a_farm_is_told_what_to_do(tmp_path: Path) -> None:
     state = state_with(tmp_path / "state", pruned())
-    with pytest.raises(StateError, match="mask export --dense dense.safetensors"):
+    with pytest.raises(StateError, match=r"mask export --dense dense\.safetensors"):
         fuller_than(newest(state), state, None)
     cut = tmp_path / "cut.safetensors"
     backbone.save_backbone(cut, *pruned().transformer())
