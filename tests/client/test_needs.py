@@ -21,6 +21,8 @@ from common.images import FarmFolder, open_folder
 from common.mask import Mask
 from common.removals import Removals, RemovedHead
 from server.cli import app as server_app
+from server.removals import newest_whole
+from server.store import opened_run
 from tests.lab.network import Lab, draw_folder
 
 SPEC = backbone.dense_spec(
@@ -196,8 +198,9 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, change: dict[
 def test_what_a_run_removed_reaches_members_and_newcomers(tmp_path: Path) -> None:
     lab = Lab(tmp_path, 2, SMALL, prune_heads=0.5)
     lab.run()
-    runner, out = CliRunner(), tmp_path / "heads.json"
-    written = runner.invoke(server_app, ["mask", "export", str(lab.server_dir), "--out", str(out)])
+    runner, out, whole = CliRunner(), tmp_path / "heads.json", tmp_path / "dense.safetensors"
+    asked = ["mask", "export", str(lab.server_dir), "--out", str(out), "--dense", str(whole)]
+    written = runner.invoke(server_app, asked)
     assert written.exit_code == 0, written.output
     assert written.output.startswith("4 heads of run 1 are gone")
     removals = Removals.load(out)
@@ -218,10 +221,25 @@ def test_what_a_run_removed_reaches_members_and_newcomers(tmp_path: Path) -> Non
     asked = ["needs", str(folder), str(out)]
     refused = runner.invoke(farm_app, asked)
     assert isinstance(refused.exception, StateError)
-    dense = ["--dense", str(lab.server_dir / "base.safetensors")]
+    dense = ["--dense", str(whole)]
     shown = runner.invoke(farm_app, [*asked, *dense, "--json"])
     assert shown.exit_code == 0, shown.output
     told = json.loads(shown.output)
     assert (told["heads"], told["judged"], told["unjudged"]) == (8, 4, 0)
     assert all(one["together"]["rank"] in ranks for one in told["needed"])
     assert np.isclose(told["agreement"], told["agreement"])
+
+
+def test_the_newest_backbone_that_nothing_was_cut_from_is_handed_over(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, 2, SMALL, prune_heads=0.5, rounds=4, warmup=3, prune_events=1)
+    lab.run()
+    with opened_run(lab.server_dir) as (store, run):
+        candidates = store.candidates(run.run)
+        assert [row.mask == run.mask for row in candidates.values()] == [True, True, False, False]
+        assert newest_whole(store, run) == candidates[2].digest
+    whole = tmp_path / "dense.safetensors"
+    asked = ["mask", "export", str(lab.server_dir), "--out", str(tmp_path / "heads.json")]
+    written = CliRunner().invoke(server_app, [*asked, "--dense", str(whole)])
+    assert written.exit_code == 0, written.output
+    assert candidates[2].digest[:12] in written.output
+    assert backbone.digest(*backbone.load_backbone(whole)) == candidates[2].digest
