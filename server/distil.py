@@ -194,7 +194,7 @@ class DistilLoop(RoundLoop):
         super()._first_reports()
 
     def _gather(self, work: Work) -> bool:
-        self._meet()
+        self._participants.meet()
         self._hand_out_teacher()
         return super()._gather(work)
 

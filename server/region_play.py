@@ -93,7 +93,7 @@ class RegionLoop(RoundLoop):
         work = Work(asked.round, base, asked.criterion is not None)
         self._counted = asked.folded
         if not self._intake.farms:
-            self._wait_for_farms()
+            self._participants.wait()
         if not self._gather(work):
             raise StateError(self._detail)
         require_enough(len(self._store.replies(self.run, work.number)), fewest)
@@ -110,8 +110,8 @@ class RegionLoop(RoundLoop):
         """Have the farms evaluate; mean over them. Raises FieldfedError as :meth:`learn` does."""
         started = time.monotonic()
         if not self._intake.farms:
-            self._wait_for_farms()
-        self._meet()
+            self._participants.wait()
+        self._participants.meet()
         self._report(
             *(asked.label, asked.round, base), local_rounds=asked.local_rounds, part=asked.part
         )

@@ -11,21 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from common import backbone
-from common.config import RoundConfig
 from common.errors import DiskError, FieldfedError, StateError
 from common.logs import bound
 from common.mask import Mask
 from common.messages import Extent
 from server.close import Base, RoundCloser, SourceBatches, Work
-from server.collect import Collector, Exchange, Owed, greeting_rules, quorum_of
+from server.collect import Exchange, Owed, quorum_of
 from server.guard import accuracies, judge
 from server.intake import Intake
 from server.link import Clock, FarmLink
 from server.models import Models
 from server.pace import step_budgets, whole_round
+from server.participants import Participants
 from server.plan import CutRule
 from server.pretrain import source_batches
 from server.privacy import over_budget
@@ -69,7 +67,7 @@ class RoundLoop:
         state_dir: Path,
     ) -> None:
         self.run, self._settings, self._config = run, settings, settings.config
-        self._link, self._clock, self._store = link, clock, store
+        self._link, self._store = link, store
         self._models, self._spool = models, Spool(state_dir / "spool")
         self._spool.sweep(store.spooled_paths(run))
         self._owed: dict[str, Owed] = {}
@@ -82,6 +80,7 @@ class RoundLoop:
         self._intake = self.intake(
             run, self._config, self._models, self._spool, store, self._requests
         )
+        self._participants = Participants(self._config, link, clock, self._intake, self._requests)
         self._closer = self.closer(
             self._config, self._dense, self._models, self._spool, store, self._source()
         )
@@ -107,7 +106,7 @@ class RoundLoop:
         log.info("run %d is done", self.run)
 
     def _play(self) -> None:
-        self._wait_for_farms()
+        self._participants.wait()
         self._first_reports()
         base, done = self._committed()
         for number in range(done + 1, self._plan.rounds + 1):
@@ -137,71 +136,6 @@ class RoundLoop:
             return None
         count, seed = self._config.backbone.anchor_images, self._config.seed
         return partial(source_batches, folder, count=count, seed=seed)
-
-    # --- farms -----------------------------------------------------------------------------
-
-    def _wait_for_farms(self) -> None:
-        """Wait until enough farms are online, then ask each who it is."""
-        rules = self._config.rounds
-        limit = self._clock.now() + rules.deadline_seconds
-        if len(self._link.online()) < rules.min_farms:
-            log.info("waiting for %d farms", rules.min_farms)
-        while len(self._link.online()) < rules.min_farms:
-            if self._clock.now() > limit:
-                raise StateError(
-                    f"only {len(self._link.online())} of {rules.min_farms} farms came online "
-                    f"within {rules.deadline_seconds:.0f} s; start the farms or lower "
-                    "rounds.min_farms"
-                )
-            self._clock.sleep(1.0)
-        self._meet()
-        if not self._intake.farms:
-            raise StateError("no farm answered; 'fieldfed-server status' shows why")
-
-    def _meet(self) -> None:
-        """Ask farms that we do not know yet who they are and what they hold.
-
-        A farm whose SuperNode starts again meanwhile has a new number, and is asked by that too.
-        """
-        if strangers := self._strangers():
-            exchange = Exchange(
-                nodes=strangers,
-                request=self._requests.hello,
-                accept=self._intake.hello(),
-                sent=lambda _node, _attempt, _size: None,
-                fault=partial(self._intake.quarantine, 0),
-                joining=self._strangers,
-            )
-            rules, known = self._config.rounds, len(self._intake.farms)
-            self._ask(exchange, greeting_rules(rules, known, len(strangers)), 0)
-
-    def _strangers(self) -> list[int]:
-        return [node for node in self._link.online() if node not in self._intake.farms]
-
-    def _ask(
-        self,
-        exchange: Exchange,
-        rules: RoundConfig,
-        number: int,
-        owed: dict[str, Owed] | None = None,
-    ) -> int:
-        jitter = self._config.seed + number
-        return Collector(self._link, self._clock, rules, jitter).run(exchange, owed)
-
-    def _asked(self, number: int) -> list[int]:
-        """The farms of a round: all that are not paused, or a sample of those online."""
-        farms, size = self._intake.active(), self._config.rounds.sample
-        if not farms:
-            raise StateError(
-                "every farm is paused; 'fieldfed-server status' shows why, "
-                "'fieldfed-server readmit' asks one again"
-            )
-        if size is None:
-            return farms
-        online = set(self._link.online())
-        present = [node for node in farms if node in online] or farms
-        drawn = np.random.default_rng([self._config.seed, number]).permutation(len(present))
-        return [present[index] for index in sorted(drawn[:size])]
 
     # --- a round ---------------------------------------------------------------------------
 
@@ -255,7 +189,7 @@ class RoundLoop:
 
     def _gather(self, work: Work) -> bool:
         """Have the farms' replies on disk; False when their privacy allows no further round."""
-        self._meet()
+        self._participants.meet()
         number = work.number
         asked, answered = self._asked(number), self._answered(number)
         names = [self._intake.farms[node] for node in asked]
@@ -275,10 +209,14 @@ class RoundLoop:
             fault=partial(self._intake.quarantine, number),
             late=self._intake.late(work),
         )
-        self._ask(exchange, self._config.rounds, number, self._owed)
+        self._participants.ask(exchange, self._config.rounds, number, self._owed)
         if not self._store.replies(self.run, number):
             raise StateError(f"round {number}: no farm answered; 'status' shows the reasons")
         return True
+
+    def _asked(self, number: int) -> list[int]:
+        """The farms of a round."""
+        return self._participants.of_round(number)
 
     def _folded(self) -> dict[str, int]:
         """The newest round, by farm, whose reply counts."""
@@ -394,7 +332,9 @@ class RoundLoop:
             sent=partial(self._sent, number, "evaluate"),
             fault=partial(self._intake.quarantine, number),
         )
-        self._ask(exchange, self._config.rounds.model_copy(update={"mode": "sync"}), number)
+        self._participants.ask(
+            exchange, self._config.rounds.model_copy(update={"mode": "sync"}), number
+        )
 
     def _sent(self, number: int, kind: RoundKind, node: int, attempt: int, size: int) -> None:
         self._store.record_sent(self.run, number, node, attempt, size, kind)
