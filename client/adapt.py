@@ -135,11 +135,16 @@ def fuller_than(
             )
         return held
     found = [state.load_backbone(digest, touch=False) for digest in state.backbones()]
-    at_hand = [one for one in found if one is not None]
+    at_hand = [one for one in found if one is not None and _same_network(one[1], spec)]
     best = max(at_hand, key=lambda one: backbone.macs(one[1]), default=None)
     if best is None or backbone.macs(best[1]) <= backbone.macs(spec):
         raise StateError(f"no backbone of before a cut is on this device: {_HAND_OVER}")
     return best
+
+
+def _same_network(one: ModelSpec, other: ModelSpec) -> bool:
+    kinds = [(spec.name, spec.image_size, spec.options) for spec in (one, other)]
+    return kinds[0] == kinds[1]
 
 
 def _judged(
