@@ -116,7 +116,7 @@ def test_where_there_is_none_a_farm_is_told_what_to_do(tmp_path: Path) -> None:
     state = state_with(tmp_path / "state", pruned())
     with pytest.raises(StateError, match=r"mask export --dense dense\.safetensors"):
         fuller_than(newest(state), state, None)
-    another = backbone.dense_spec(SPEC.name, SPEC.image_size, {"depth": 4, "embed_dim": 32})
+    another = backbone.dense_spec(SPEC.name, SPEC.image_size, {"depth": 4})
     model = drawn_model(another)
     state.save_backbone(backbone.digest(model, another), model, another)
     with pytest.raises(StateError, match="no backbone of before a cut is on this device"):
@@ -124,7 +124,7 @@ def test_where_there_is_none_a_farm_is_told_what_to_do(tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     backbone.save_backbone(cut, *pruned().transformer())
     with pytest.raises(StateError, match=r"cut\.safetensors' has no more heads and neurons"):
-        fuller_than(newest(state), state, cut)
+        fuller_than(pruned(), state, cut)
     with pytest.raises(StateError, match="this farm has no backbone yet"):
         newest(FarmState(tmp_path / "new"))
 
