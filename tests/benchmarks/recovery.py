@@ -65,7 +65,7 @@ RECIPES: Mapping[str, Recipe] = {
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
     (DENSE, 1.0, (0, 1, 2)),
-    (DENSE_PATIENT, 1.0, (1, 0, 2)),
+    (DENSE_PATIENT, 1.0, (1,)),
     (DISTILLED, 0.64, (1,)),
     (FACTORED, 0.64, (1,)),
     (PATIENT, 0.64, (1, 0, 2)),
