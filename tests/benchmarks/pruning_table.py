@@ -120,9 +120,11 @@ def comparisons(
             continue
         for classifier in classifiers:
             for method in methods:
-                change = difference(
-                    outcomes(default, method, classifier), outcomes(others, method, classifier)
-                )
+                ours = outcomes(default, method, classifier)
+                theirs = outcomes(others, method, classifier)
+                if not set(ours) & set(theirs):
+                    continue
+                change = difference(ours, theirs)
                 about = {"default": DEFAULT, "other": name, "macs_ratio": ratio}
                 how = {"compensation": method, "classifier": classifier}
                 rounds = others[0].get("rounds", 0)
