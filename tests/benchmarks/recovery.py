@@ -60,7 +60,7 @@ RECIPES: Mapping[str, Recipe] = {
     FULL: Recipe(_WEIGHTS, cuts=EVENTS),
     FULL_AT_ONCE: Recipe(_WEIGHTS),
 }
-"""By the name of their rows; all but the first two were run when moments counted by images."""
+"""By the name of their rows; those of one epoch were run when moments counted by images."""
 
 Case: TypeAlias = tuple[str, float, Sequence[int]]
 CASES: tuple[Case, ...] = (
