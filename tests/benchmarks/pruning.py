@@ -7,7 +7,7 @@ judged on every farm's whole test part; differences are paired on the same image
 need some five minutes for a warm-up, one for a cut, five for a run with recovery, eight where that
 takes three epochs a round; call it again until it ends, or in two terminals at once with
 ``PROCESSES=1 OMP_NUM_THREADS=1``, which keeps both cores busy all the time. ``ONLY=oneshot``,
-``recovery`` or ``invariance`` does one of the three.
+``recovery``, ``invariance`` or ``splits`` does one of the four.
 """
 
 import json
@@ -29,6 +29,8 @@ from tests.benchmarks.invariance import FEW, PAIR, UNSEEN, invariance_cell
 from tests.benchmarks.oneshot import FIXED, REFITTED, Bench, Checkpoint, summary
 from tests.benchmarks.pruning_table import CRITERIA, DEFAULT, METHODS
 from tests.benchmarks.recovery import CASES, DENSE, EVENTS, recovery_cell
+from tests.benchmarks.splits import SEED as SPLIT_SEED
+from tests.benchmarks.splits import SHARES, split_cell, split_rows
 
 SEEDS = (0, 1)
 RATIOS = (0.5, 0.7, 0.3, 0.6, 0.4)
@@ -72,6 +74,11 @@ def cut_cell(runs: Runs, criterion: str, ratio: float, seed: int) -> Cell:
         "neurons_kept": cut.mask.neurons_kept_ratio,
         "correct": {method: plants.packed_by(judged) for method, judged in cut.judged.items()},
     }
+
+
+def cut_by(runs: Runs, share: float) -> Cell:
+    """One split of the budget between heads and neurons."""
+    return split_cell(runs.bench, share)
 
 
 def event_cell(runs: Runs, seed: int) -> Cell:
@@ -147,6 +154,13 @@ def invariance(cells: Cells, root: Path) -> list[Cell | None]:
     return found
 
 
+def splits(cells: Cells, root: Path) -> list[Cell | None]:
+    """How the budget is best split between heads and neurons."""
+    with plants.workers() as pool:
+        runs = Runs(SPLIT_SEED, pool, root)
+        return [cells.run(f"split {share:g}", partial(cut_by, runs, share)) for share in SHARES]
+
+
 def main() -> None:
     """All cells, then the tables and the picture."""
     plants.require()
@@ -155,12 +169,13 @@ def main() -> None:
     dense, cuts, events = one_shot(cells, root) if only in (None, "oneshot") else ([], [], [])
     runs = recovery(cells, root) if only in (None, "recovery") else []
     cases = invariance(cells, root) if only in (None, "invariance") else []
-    if only is not None or None in (*dense, *cuts, *events, *runs, *cases):
+    shares = splits(cells, root) if only in (None, "splits") else []
+    parts = (dense, cuts, events, runs, cases, shares)
+    if only is not None or any(None in part for part in parts):
         unfinished("bench-pruning")
-    parts = (dense, cuts, events, runs, cases)
     figures = result(*([one for one in part if one] for part in parts))
     table.show(figures["rows"])
-    for name in ("comparisons", "recovered", "invariance", "prune_event_on_one_core"):
+    for name in ("comparisons", "recovered", "invariance", "splits", "prune_event_on_one_core"):
         for line in figures[name]:
             print(json.dumps({key: value for key, value in line.items() if key != "farms"}))
     table.picture(figures["rows"], Path("bench-output/pruning.svg"))
@@ -173,8 +188,10 @@ def result(
     events: Sequence[Cell],
     runs: Sequence[Cell],
     cases: Sequence[Cell],
+    shares: Sequence[Cell],
 ) -> Cell:
     """All figures."""
+    every = (*dense, *cuts, *events, *runs, *cases, *shares)
     at_once = table.one_shot_rows(dense, cuts)
     (method,) = runs[0]["correct"]
     return {
@@ -185,7 +202,8 @@ def result(
         ],
         "recovered": table.recovered(at_once),
         "invariance": table.invariance_rows(cuts, cases),
-        "commits": sorted({str(c["commit"]) for c in (*dense, *cuts, *events, *runs, *cases)}),
+        "splits": split_rows(shares),
+        "commits": sorted({str(cell["commit"]) for cell in every}),
         "prune_events": EVENTS,
         "prune_event_on_one_core": [
             {key: value for key, value in cell.items() if key not in ("cell", "commit", "seconds")}
