@@ -20,11 +20,11 @@ from torch import nn
 from client.align import align
 from client.base import Base
 from client.state import FarmState
+from client.teacher import is_whole
 from common import backbone, fit
 from common.config import TrainConfig
 from common.errors import StateError
 from common.images import FarmFolder
-from common.mask import Mask
 from common.reconstruction import reconstruct
 from common.spec import ModelSpec
 
@@ -100,15 +100,6 @@ def adapt(
     return Adapted(model, spec, classifier, before, after)
 
 
-def newest(state: FarmState) -> Base:
-    """The newest backbone of a farm; raises StateError where it has none."""
-    for digest in state.backbones():
-        held = state.load_backbone(digest, touch=False)
-        if held is not None:
-            return Base(*held, digest)
-    raise StateError("this farm has no backbone yet; run it until it has taken part in a round")
-
-
 def fuller_than(
     base: Base, state: FarmState, dense: Path | None
 ) -> tuple[VisionTransformer, ModelSpec] | None:
@@ -124,8 +115,7 @@ def fuller_than(
         StateError: none at hand is fuller than ``base``; says what to do.
     """
     _, spec = base.transformer()
-    whole = backbone.dense_spec(spec.name, spec.image_size, dict(spec.options))
-    if Mask.dense(spec) == Mask.dense(whole):
+    if is_whole(spec):
         return None
     if dense is not None:
         held = backbone.load_backbone(dense)

@@ -13,7 +13,7 @@ from client.teacher import Asked, keep_teacher
 from common import backbone, codec, fit
 from common.catchup import replace, steps_of
 from common.compress import expand
-from common.errors import FieldfedError, ModelError, ProtocolError
+from common.errors import FieldfedError, ModelError, ProtocolError, StateError
 from common.images import FarmFolder
 from common.messages import EvaluateRequest, is_trial
 from common.networks import Network
@@ -45,6 +45,15 @@ class Base:
         if not isinstance(self.model, Student) or not isinstance(self.spec, StudentSpec):
             raise ModelError(f"{self.spec.name} is a backbone: it is not taught")
         return self.model, self.spec
+
+
+def newest_base(state: FarmState, farm: str = "this farm") -> Base:
+    """The newest backbone that a farm holds; raises StateError where it has none."""
+    for digest in state.backbones():
+        held = state.load_backbone(digest, touch=False)
+        if held is not None:
+            return Base(*held, digest)
+    raise StateError(f"{farm} has no backbone yet; let it take part in a round first")
 
 
 _M = TypeVar("_M", VisionTransformer, Student)

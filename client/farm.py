@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from client import traffic
 from client.align import Aligned, align
-from client.base import Base, MissingBaseError, brought_up
+from client.base import Base, MissingBaseError, brought_up, newest_base
 from client.bodies import can_fetch
 from client.criteria import Scoring, score
 from client.lesson import be_taught, calibration_batches
@@ -144,18 +144,15 @@ class Farm:
         Raises:
             StateError: the farm has not received a backbone yet.
         """
-        for digest in self._state.backbones():
-            held = self._state.load_backbone(digest)
-            if held is not None:
-                judged = self._judge_own(Base(*held, digest))
-                return {
-                    "farm": self.name,
-                    "base": digest,
-                    "accuracy": judged.accuracy,
-                    "f1": judged.f1,
-                    "examples": len(judged.correct),
-                }
-        raise StateError(f"farm {self.name} has no backbone yet; let it take part in a round first")
+        base = newest_base(self._state, f"farm {self.name}")
+        judged = self._judge_own(base)
+        return {
+            "farm": self.name,
+            "base": base.digest,
+            "accuracy": judged.accuracy,
+            "f1": judged.f1,
+            "examples": len(judged.correct),
+        }
 
     def _hello(self) -> HelloReply:
         return HelloReply(

@@ -123,15 +123,15 @@ def adapt(
     it is one file for its devices, and no base of the network's rounds.
     """
     from client.adapt import adapt as adapt_to
-    from client.adapt import fuller_than, newest
+    from client.adapt import fuller_than
+    from client.base import newest_base
     from client.device import Device
-    from client.portable import in_8_bits
-    from client.pupil import calibrated_bundle
+    from client.portable import calibrated_bundle, in_8_bits
     from client.state import FarmState
 
     logs.start_logging(log)
     device, state = Device.of(folder), FarmState(folder / "state")
-    images, base = device.images(), newest(state)
+    images, base = device.images(), newest_base(state)
     fuller = fuller_than(base, state, dense)
     made = adapt_to(base, images, fuller, rounds=rounds, seed=seed)
     about = device.serving.about()

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from client.infer import Classifier
 from client.served import About
 from client.serving import Bundle, Serving
+from client.shadow import best_temperature, sure_from
+from common import fit
 from common.errors import DataError, FieldfedError, QualityError
-from common.export import graph_of, require_parity, whole
+from common.export import exported, graph_of, require_parity, whole
 from common.images import FarmFolder, Part
 from common.int8 import quantised
 from common.logs import start_logging
 from common.portable import PortableAbout, PortableBundle
 from common.runtime import Runtime
+from common.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,41 @@ def joined(
     return PortableBundle(
         about, graph, classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
     )
+
+
+def calibrated_bundle(
+    network: nn.Module, spec: Spec, classifier: nn.Linear, folder: FarmFolder, version: int
+) -> tuple[PortableBundle, float]:
+    """A network with a farm's classifier, calibrated on its decide part, and its accuracy there.
+
+    Args:
+        network: of images to features.
+        spec: of the network.
+        classifier: of these features.
+        folder: the farm's images.
+        version: that the bundle names.
+
+    Raises:
+        DataError: images cannot be read.
+        ModelError: ONNX Runtime says something else.
+    """
+    features, labels = fit.extract(network, folder.decide, spec)
+    with torch.inference_mode():
+        logits = classifier(features)
+    temperature = best_temperature(logits, labels)
+    about = PortableAbout(
+        version=version,
+        backbone=spec.name,
+        width=spec.width,
+        image_size=spec.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        classes=folder.classes,
+        temperature=temperature,
+        threshold=sure_from(logits / temperature, labels),
+    )
+    bundle = joined(about, network, exported(network, spec.image_size), classifier)
+    return bundle, fit.evaluate_logits(logits, labels).accuracy
 
 
 def in_8_bits(bundle: PortableBundle, folder: FarmFolder) -> PortableBundle:

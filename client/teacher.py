@@ -56,8 +56,7 @@ def teacher_of(
     """
     if request.train.self_distil == 0:
         return None
-    dense = dense_spec(spec.name, spec.image_size, dict(spec.options))
-    if (spec.heads, spec.neurons) == (dense.heads, dense.neurons):
+    if is_whole(spec):
         return None
     digest = state.before_cut(request.mask)
     held = None if digest is None else state.load_backbone(digest, touch=False)
@@ -65,6 +64,12 @@ def teacher_of(
         _say_once(state, request)
         return None
     return Teacher(*held, fitted(*held, digest))
+
+
+def is_whole(spec: ModelSpec) -> bool:
+    """Whether nothing was cut from such a backbone."""
+    dense = dense_spec(spec.name, spec.image_size, dict(spec.options))
+    return (spec.heads, spec.neurons) == (dense.heads, dense.neurons)
 
 
 def keep_teacher(

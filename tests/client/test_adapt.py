@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from client.adapt import adapt, fuller_than, newest
-from client.base import Base
+from client.adapt import adapt, fuller_than
+from client.base import Base, newest_base
 from client.cli import app
 from client.infer import Classifier
 from client.state import FarmState
@@ -105,8 +105,8 @@ def test_without_a_fuller_one_and_without_rounds_it_is_what_all_share(folder: Fa
 def test_what_was_there_before_the_cut_is_found_on_the_device(tmp_path: Path) -> None:
     whole = Base(drawn_model(SPEC), SPEC, backbone.digest(drawn_model(SPEC), SPEC))
     state = state_with(tmp_path, whole, pruned())
-    assert newest(state).digest == pruned().digest
-    found = fuller_than(newest(state), state, None)
+    assert newest_base(state).digest == pruned().digest
+    found = fuller_than(newest_base(state), state, None)
     assert found is not None
     assert backbone.digest(*found) == whole.digest
     assert fuller_than(whole, state, None) is None, "nothing of it was cut"
@@ -115,7 +115,7 @@ def test_what_was_there_before_the_cut_is_found_on_the_device(tmp_path: Path) ->
 def test_where_there_is_none_a_farm_is_told_what_to_do(tmp_path: Path) -> None:
     state = state_with(tmp_path / "state", pruned())
     with pytest.raises(StateError, match=r"mask export --dense dense\.safetensors"):
-        fuller_than(newest(state), state, None)
+        fuller_than(newest_base(state), state, None)
     another = backbone.dense_spec(SPEC.name, SPEC.image_size, {"depth": 4})
     model = drawn_model(another)
     state.save_backbone(backbone.digest(model, another), model, another)
@@ -126,7 +126,7 @@ def test_where_there_is_none_a_farm_is_told_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"cut\.safetensors' has no more heads and neurons"):
         fuller_than(pruned(), state, cut)
     with pytest.raises(StateError, match="this farm has no backbone yet"):
-        newest(FarmState(tmp_path / "new"))
+        newest_base(FarmState(tmp_path / "new"))
 
 
 def test_a_student_cannot_be_adapted(folder: FarmFolder) -> None:
